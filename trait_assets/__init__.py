@@ -1,0 +1,1 @@
+"""Trait vectors as a Dagster asset graph: from natural scenarios to directions proved causal by steering."""

@@ -1,0 +1,1 @@
+"""Pictures, tables and pages for people; never a number that is not in a stored artifact."""

@@ -1,0 +1,1 @@
+"""Stage 1 and 1.5: responses generated from scenarios, and vetted by a judge."""

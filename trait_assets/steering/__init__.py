@@ -1,0 +1,1 @@
+"""Stage 5: does adding the vector change what the application model does, coherently?"""
