@@ -1,0 +1,46 @@
+"""One experiment folder with everything that keeps it: the handle that stages and tools are given.
+
+Belongs here: putting the parts together. Does not: their inside, Dagster, and where the root comes from.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from upath import UPath
+
+from storage import keys
+from storage.artifacts import ArtifactStore
+from storage.index import LineageIndex
+from storage.manifest import Manifests
+from storage.metrics import MetricsWriter
+from storage.rows import RowCache, TensorJournal
+
+
+class Workspace:
+    """`root`: the experiments folder or URL; `duckdb_path`: the index, on a local disk; it can always be
+    rebuilt.
+    """
+
+    def __init__(self, root: str | os.PathLike[str] | UPath, duckdb_path: str | os.PathLike[str]) -> None:
+        self.store = ArtifactStore(root)
+        self.index = LineageIndex(self.store, Path(duckdb_path))
+        self.manifests = Manifests(self.store, self.index.on_commit)
+        self.metrics = MetricsWriter(self.store, self.index)
+
+    def row_cache(self, kind: str, trait: str) -> RowCache:
+        """Rows by content key, shared by all experiments (`kind`: what the rows are, such as judge)."""
+        return RowCache(self.store, keys.row_cache(kind, trait))
+
+    def journal(self, experiment: str | None, stage: str, trait: str | None) -> TensorJournal:
+        """Arrays of a stage in progress."""
+        return TensorJournal(self.store, keys.journal(experiment, stage, trait))
+
+    def row_journal(self, experiment: str | None, stage: str, trait: str | None) -> RowCache:
+        """JSON rows of a stage in progress."""
+        return RowCache(self.store, keys.journal(experiment, stage, trait))
+
+    @staticmethod
+    def picture_key(experiment: str | None, stage: str, trait: str | None, name: str) -> str:
+        return keys.picture(experiment, stage, trait, name)
