@@ -201,8 +201,8 @@ class LineageIndex:
         """Create what is missing; a database of another schema version is emptied and filled again."""
         tables = {row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
         if "about" in tables:
-            version = connection.execute("SELECT max(schema_version) FROM about").fetchone()
-            if version is not None and version[0] == SCHEMA_VERSION:
+            versions = connection.execute("SELECT schema_version FROM about").fetchall()
+            if versions == [(SCHEMA_VERSION,)]:
                 return
             self._drop_all(connection)
             self._create(connection)
