@@ -1,7 +1,7 @@
 """What every judge is asked and answers: plain rows, no network, no torch, no Dagster.
 
-A judgement is a `Score` or an `Abstention` with its reason; nothing else exists, and neither is ever turned into the
-other.
+A judgement is a `Score` or an `Abstention` with its reason; nothing else exists, and neither is ever turned
+into the other.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ class TraitContext:
 class JudgeItem:
     """One text to judge.
 
-    `rubric` scenario: `prompt` is judged (will its likely completion show the trait), with `polarity` and `index` (the
-    row in its side of `context`) for judges that score out of fold. response: `text` is judged as the completion of
-    `prompt`. steering: `text` as the answer to the question `prompt`. coherence: `text` for grammar, looping, being
-    on topic. `prompt_ids`/`text_ids` let a judge ask the unsteered model for the log-probability of exactly these tokens.
+    `rubric` scenario: `prompt` is judged (will its likely completion show the trait), with `polarity` and
+    `index` (the row in its side of `context`) for judges that score out of fold. response: `text` is judged
+    as the completion of
+    `prompt`. steering: `text` as the answer to the question `prompt`. coherence: `text` for grammar, looping,
+    being on topic. `prompt_ids`/`text_ids` let a judge ask the unsteered model for the log-probability of
+    exactly these tokens.
     `template`: a user's own `eval_prompt` (placeholders question, answer).
     """
 
@@ -58,7 +60,8 @@ class Score:
 
 @dataclass(frozen=True)
 class Abstention:
-    """`reason`: a short slug: low_mass, unparseable, refusal, content_filter, out_of_range, empty, timeout, too_long …"""
+    """`reason`: a short slug: low_mass, unparseable, refusal, content_filter, out_of_range, empty, timeout,
+    too_long …"""
 
     key: str
     reason: str
@@ -69,7 +72,8 @@ Judgement = Score | Abstention
 
 
 class RowCacheLike(Protocol):
-    """The part of `storage.rows.RowCache` that a judge needs: answers that were paid for are kept by content key."""
+    """The part of `storage.rows.RowCache` that a judge needs: answers that were paid for are kept by content
+    key."""
 
     def get(self, key: str) -> dict[str, Any] | None: ...
 
@@ -79,15 +83,17 @@ class RowCacheLike(Protocol):
 # (trait) -> cache of that trait's judgements
 CacheFor = Callable[[str], RowCacheLike]
 
-# [(key, prompt_ids, text_ids)] -> {key: mean token log-probability (nats) of text_ids under the unsteered model}
+# [(key, prompt_ids, text_ids)] -> {key: mean token log-probability (nats) of text_ids under the unsteered
+# model}
 ReferenceLogprob = Callable[[Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]], Mapping[str, float]]
 
 
 class Judge(Protocol):
     """Scores items in order, one judgement each, streaming as they come.
 
-    `identity` holds everything that decides a score apart from the item (kind, model, rubric versions, thresholds of
-    mass …): it is recorded with each score and part of every fingerprint. It must be had without network or model.
+    `identity` holds everything that decides a score apart from the item (kind, model, rubric versions,
+    thresholds of mass …): it is recorded with each score and part of every fingerprint. It must be had
+    without network or model.
     `stand_in` is true for judges whose scores must not carry claims (the local one).
     """
 
@@ -102,5 +108,6 @@ class Judge(Protocol):
     ) -> Iterator[Judgement]: ...
 
     def usage(self) -> dict[str, float]:
-        """calls, cache_hits, prompt_tokens, completion_tokens, cost_usd, abstentions so far in this process."""
+        """calls, cache_hits, prompt_tokens, completion_tokens, cost_usd, abstentions so far in this
+        process."""
         ...
