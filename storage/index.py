@@ -43,7 +43,17 @@ SCHEMA_VERSION = 1
 Indexed = Literal["indexed", "index_behind"]
 
 # Tables that metric rows may name in their column `table`.
-ROW_TABLES = ("metrics",)
+ROW_TABLES = (
+    "scenarios",
+    "responses",
+    "judge_scores",
+    "activations",
+    "vectors",
+    "evaluations",
+    "steering_runs",
+    "generations",
+    "metrics",
+)
 _CHUNK = 500
 # How long a note whose file does not exist (its writer was killed in between, or is still writing) is kept.
 _NOTE_HOURS = 1.0
@@ -223,6 +233,7 @@ class LineageIndex:
     def _create(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("BEGIN")
         connection.execute(schema("tables"))
+        connection.execute(schema("views"))
         connection.execute("DELETE FROM about")
         connection.execute("INSERT INTO about VALUES (?)", [SCHEMA_VERSION])
         connection.execute("COMMIT")
@@ -297,7 +308,7 @@ class LineageIndex:
         rows = []
         for experiment, stage, trait in touched:
             connection.execute(
-                "DELETE FROM current_manifests WHERE experiment IS NOT DISTINCT FROM ? AND stage = ? "
+                "DELETE FROM current_pointers WHERE experiment IS NOT DISTINCT FROM ? AND stage = ? "
                 "AND trait IS NOT DISTINCT FROM ?",
                 [experiment, stage, trait],
             )
@@ -319,7 +330,7 @@ class LineageIndex:
                     ]
                 )
         if rows:
-            connection.executemany("INSERT INTO current_manifests VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+            connection.executemany("INSERT INTO current_pointers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
 
     def _load(self, sources: Sequence[str]) -> list[Any]:
         """Manifests as (manifest, source), Parquet as Arrow tables, None for what cannot be read (with a

@@ -33,6 +33,8 @@ class Workspace:
         """Rows by content key, shared by all experiments (`kind`: what the rows are, such as judge)."""
         return RowCache(self.store, keys.row_cache(kind, trait))
 
+    rows = row_cache
+
     def journal(self, experiment: str | None, stage: str, trait: str | None) -> TensorJournal:
         """Arrays of a stage in progress."""
         return TensorJournal(self.store, keys.journal(experiment, stage, trait))

@@ -22,12 +22,80 @@ CREATE TABLE IF NOT EXISTS inputs (
 );
 
 -- Which manifest counts now.
-CREATE TABLE IF NOT EXISTS current_manifests (
+CREATE TABLE IF NOT EXISTS current_pointers (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL
 );
 
--- Metric rows whose `table` is missing or unknown; what has no column here is in `extra`.
+-- The tables below hold metric rows: a row's `table` names the table, `extra` holds what has no column there.
+
+-- One row per scenario line of a trait (the stage `scenarios`).
+CREATE TABLE IF NOT EXISTS scenarios (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    polarity VARCHAR, scenario_index BIGINT, line BIGINT, prompt VARCHAR, system_prompt VARCHAR, extra JSON
+);
+
+-- One row per generated response.
+CREATE TABLE IF NOT EXISTS responses (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    polarity VARCHAR, scenario_index BIGINT, line BIGINT, pair BIGINT, row_key VARCHAR, question VARCHAR,
+    system_prompt VARCHAR, answer VARCHAR, prompt_tokens BIGINT, response_tokens BIGINT, finish_reason VARCHAR, extra JSON
+);
+
+-- One row per judgement. subject: scenarios, responses. score is NULL where the judge abstained.
+CREATE TABLE IF NOT EXISTS judge_scores (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    subject VARCHAR, polarity VARCHAR, scenario_index BIGINT, score DOUBLE, mass DOUBLE, abstained VARCHAR,
+    verdict VARCHAR, judge VARCHAR, judge_fingerprint VARCHAR, stand_in BOOLEAN, extra JSON
+);
+
+-- One row per captured site.
+CREATE TABLE IF NOT EXISTS activations (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    position VARCHAR, component VARCHAR, n_layers BIGINT, width BIGINT, train_positive BIGINT,
+    train_negative BIGINT, val_positive BIGINT, val_negative BIGINT, excluded BIGINT, extra JSON
+);
+
+-- One row per vector: one layer of one method.
+CREATE TABLE IF NOT EXISTS vectors (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT, norm DOUBLE, median_norm DOUBLE,
+    baseline DOUBLE, threshold DOUBLE, train_acc DOUBLE, extra JSON
+);
+
+-- One row per evaluated vector, on the held-out rows.
+CREATE TABLE IF NOT EXISTS evaluations (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT, accuracy DOUBLE, auc DOUBLE,
+    auc_low DOUBLE, auc_high DOUBLE, effect_size DOUBLE, separation DOUBLE, overlap DOUBLE, null_rank DOUBLE,
+    p_value DOUBLE, split_half_cosine DOUBLE, extra JSON
+);
+
+-- One row per steered setting. kind: baseline, vector, random, prompting, combination; half: search, report.
+CREATE TABLE IF NOT EXISTS steering_runs (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
+    dose DOUBLE, coefficient DOUBLE, n BIGINT, trait_mean DOUBLE, coherence_mean DOUBLE, change DOUBLE,
+    change_low DOUBLE, change_high DOUBLE, wrong_way DOUBLE, best BOOLEAN, validated BOOLEAN, extra JSON
+);
+
+-- One row per steered answer with its scores; a score is NULL where the judge abstained.
+CREATE TABLE IF NOT EXISTS generations (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
+    dose DOUBLE, coefficient DOUBLE, question_index BIGINT, question VARCHAR, response VARCHAR,
+    trait_score DOUBLE, coherence_score DOUBLE, abstained VARCHAR, finish_reason VARCHAR, extra JSON
+);
+
+-- Numbers by name; also every metric row whose `table` is missing or unknown.
 CREATE TABLE IF NOT EXISTS metrics (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
