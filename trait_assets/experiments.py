@@ -8,6 +8,7 @@ part of the fingerprint of whatever it touches, because fingerprints are compute
 from __future__ import annotations
 
 import difflib
+import fnmatch
 import json
 import re
 from collections.abc import Mapping
@@ -22,6 +23,8 @@ from storage.errors import UserError
 EXPERIMENT_NAME = re.compile(r"^[a-z0-9][a-z0-9_-]*$")
 INSTRUCT_MAX_NEW_TOKENS = 150
 BASE_MAX_NEW_TOKENS = 16
+# no model has more; the true number is checked again when the model is at hand
+MOST_LAYERS = 1000
 
 
 def _as_list(value: Any) -> Any:
@@ -91,7 +94,9 @@ class Experiment(_Options):
     application_revision: str | None = None
     extraction_adapter: str | None = Field(None, description="PEFT/LoRA adapter on the extraction model.")
     application_adapter: str | None = None
-    traits: Names | None = Field(None, description="category/trait names; default every trait there is.")
+    traits: Names | None = Field(
+        None, description="category/trait names or patterns such as emotion/*; default every trait there is."
+    )
 
     steering: bool = Field(True, description="Stage 5; without it steering.json may be missing.")
     vet_scenarios: bool = Field(True, description="Stage 0.5.")
@@ -130,7 +135,15 @@ class Experiment(_Options):
     def _consistent(self) -> Experiment:
         if self.pos_threshold <= self.neg_threshold:
             raise ValueError("pos_threshold must be above neg_threshold")
+        if self.vet and not self.prefill_only and self.scenario_limit is not None and self.scenario_limit < self.min_kept:
+            raise ValueError(
+                f"scenario_limit {self.scenario_limit} is below min_kept {self.min_kept}: vetting could never pass"
+            )
         return self
+
+    def covers(self, trait: str) -> bool:
+        """Whether the trait is among this experiment's `traits`."""
+        return self.traits is None or any(fnmatch.fnmatchcase(trait, pattern) for pattern in self.traits)
 
     @property
     def steered_model(self) -> str:
@@ -222,7 +235,7 @@ def parse_experiment(name: str, values: Mapping[str, Any], *, where: str) -> Exp
 
 
 def _check_grammars(experiment: Experiment, where: str) -> None:
-    from resources.models.layers import check_layers
+    from resources.models.layers import parse_layers
     from resources.models.positions import Position
 
     for position in experiment.position:
@@ -232,7 +245,7 @@ def _check_grammars(experiment: Experiment, where: str) -> None:
     for name, spec in (("layers", experiment.layers), ("steer.layers", experiment.steer.layers)):
         if spec is not None:
             try:
-                check_layers(spec)
+                parse_layers(spec, MOST_LAYERS)
             except UserError as error:
                 raise UserError(f"option `{name}`: {error.what}", where=where, remedy=error.remedy) from error
 

@@ -153,13 +153,13 @@ class Check:
 
 
 class Stage(Protocol):
-    """`shared` stages belong to no experiment (scenarios)."""
+    """`shared` stages belong to no experiment (scenarios). Tables over all traits are planned with trait None."""
 
     name: str
     code_version: str
     shared: bool
 
-    def plan(self, ctx: StageContext, trait: str) -> Plan: ...
+    def plan(self, ctx: StageContext, trait: Any) -> Plan: ...
 
     def execute(self, ctx: StageContext, plans: Sequence[Plan]) -> Iterator[Outcome]: ...
 
@@ -203,7 +203,7 @@ def libraries() -> dict[str, str]:
     return found
 
 
-def run(stage: Stage, ctx: StageContext, traits: Iterable[str]) -> Iterator[TraitResult]:
+def run(stage: Stage, ctx: StageContext, traits: Iterable[str | None]) -> Iterator[TraitResult]:
     """Bring `stage` up to date for `traits`; yields one result per trait, each after its commit.
 
     A trait that fails never stops another. The order of results is the order of completion.
@@ -211,7 +211,7 @@ def run(stage: Stage, ctx: StageContext, traits: Iterable[str]) -> Iterator[Trai
     pending: list[Plan] = []
     for trait in traits:
         try:
-            plan = stage.plan(ctx, trait)
+            plan = _plan(stage, ctx, trait)
         except Exception as error:
             yield _failed(ctx, stage, trait, error)
             continue
@@ -224,6 +224,14 @@ def run(stage: Stage, ctx: StageContext, traits: Iterable[str]) -> Iterator[Trai
         else:
             pending.append(plan)
     yield from _execute(stage, ctx, pending)
+
+
+def _plan(stage: Stage, ctx: StageContext, trait: str | None) -> Plan:
+    experiment = ctx.experiment
+    if not stage.shared and trait is not None and not experiment.covers(trait):
+        # every trait is a partition of every experiment; one that the experiment leaves out is skipped, not missing
+        return Plan(trait, {}, {}, skipped=f"not among the traits of experiment {experiment.name}")
+    return stage.plan(ctx, trait)
 
 
 def _execute(stage: Stage, ctx: StageContext, pending: list[Plan]) -> Iterator[TraitResult]:

@@ -1,0 +1,32 @@
+"""Where things are on this machine: from the environment, else beside the repository's own files, never the cwd."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+def dataset_root() -> Path:
+    """Folder of `category/trait` folders; TRAITS_DATASETS overrides datasets/traits."""
+    return Path(os.environ.get("TRAITS_DATASETS", REPOSITORY / "datasets" / "traits"))
+
+
+def experiments_root() -> Path:
+    """Folder of the experiments' config files; TRAITS_EXPERIMENTS overrides experiments/."""
+    return Path(os.environ.get("TRAITS_EXPERIMENTS", REPOSITORY / "experiments"))
+
+
+def results_root() -> str:
+    """Where results are stored: TRAITS_STORE (a folder or an fsspec URL), else beside the config files."""
+    return os.environ.get("TRAITS_STORE", str(experiments_root()))
+
+
+def state_root() -> Path:
+    """Dagster's history and the DuckDB index; TRAITS_STATE overrides .state/."""
+    return Path(os.environ.get("TRAITS_STATE", REPOSITORY / ".state"))
+
+
+def lineage_path() -> Path:
+    return state_root() / "lineage.duckdb"

@@ -1,0 +1,241 @@
+"""Stage 1: the extraction model continues each scenario.
+
+Rows of all traits of a batch are generated together. Each row is kept in the row cache under the hash of everything that
+decides its text, so it is generated once, whatever happens to the run and whichever experiment asks next.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from resources.models.rows import GenerationOptions, GenerationRow
+from storage import keys
+from storage.errors import UserError
+from storage.manifest import fingerprint
+from trait_assets.pipeline import Check, Outcome, Plan, StageContext
+from trait_assets.scenarios.selection import ChosenScenario, kept_scenarios
+
+# rows are put into the cache in groups: a kill loses at most this many rows or seconds of work
+FLUSH_ROWS = 16
+FLUSH_SECONDS = 3.0
+
+
+@dataclass(frozen=True)
+class _Row:
+    scenario: ChosenScenario
+    key: str
+
+
+class ResponsesStage:
+    """`responses/pos.json`, `neg.json`: question, answer, full_text, token ids and counts, finish reason, row key."""
+
+    name = "responses"
+    code_version = "1"
+    shared = False
+
+    def plan(self, ctx: StageContext, trait: str) -> Plan:
+        experiment = ctx.experiment
+        if experiment.prefill_only:
+            return Plan(trait, {}, {}, skipped="prefill-only: scenarios go straight to activations")
+        inputs = {
+            "scenarios": ctx.upstream("scenarios", trait, shared=True).fingerprint,
+            "vetted_scenarios": ctx.upstream("vetted_scenarios", trait).fingerprint,
+        }
+        options = self.row_options(ctx)
+        scenarios = kept_scenarios(ctx, trait)
+        for polarity in ("positive", "negative"):
+            if not any(row.polarity == polarity for row in scenarios):
+                raise UserError(
+                    f"no {polarity} scenario is left",
+                    where=trait,
+                    remedy="see vetted_scenarios: lower the thresholds, mend the scenarios, or use --no-vet-scenarios",
+                )
+        rows = [_Row(s, fingerprint({**options, "prompt": s.prompt, "system": s.system_prompt})) for s in scenarios]
+        return Plan(trait, inputs, {**options, "scenario_limit": experiment.scenario_limit}, payload=rows)
+
+    def row_options(self, ctx: StageContext) -> dict[str, Any]:
+        """Everything that decides a response, apart from the scenario."""
+        e = ctx.experiment
+        return {
+            "row": "response/1",
+            "model": ctx.models.identify(ctx.extraction_spec()).record(),
+            "base_model": e.base_model,
+            "max_new_tokens": e.max_new_tokens,
+            "temperature": e.temperature,
+            "top_p": e.top_p,
+            "seed": e.seed,
+        }
+
+    def execute(self, ctx: StageContext, plans: Sequence[Plan]) -> Iterator[Outcome]:
+        caches = {plan.trait: ctx.workspace.row_cache("generations", plan.trait) for plan in plans}
+        fresh: dict[str, set[str]] = {}
+        waiting: dict[str, list[Plan]] = defaultdict(list)
+        requests: dict[str, ChosenScenario] = {}
+        open_keys: dict[str, set[str]] = {}
+        for plan in plans:
+            missing = {row.key for row in plan.payload if ctx.force or row.key not in caches[plan.trait]}
+            fresh[plan.trait] = set(missing)
+            open_keys[plan.trait] = missing
+            for row in plan.payload:
+                if row.key in missing and plan not in waiting[row.key]:
+                    waiting[row.key].append(plan)
+                    requests.setdefault(row.key, row.scenario)
+        for plan in plans:
+            if not open_keys[plan.trait]:
+                yield self._outcome(ctx, plan, caches[plan.trait], fresh[plan.trait])
+        if not requests:
+            return
+
+        buffer: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+        flushed = time.monotonic()
+        for key, row in self._generate(ctx, requests):
+            for plan in waiting[key]:
+                buffer[plan.trait][key] = row
+                open_keys[plan.trait].discard(key)
+            finished = [plan for plan in waiting[key] if not open_keys[plan.trait]]
+            full = sum(map(len, buffer.values())) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS
+            if finished or full:
+                for trait, rows in buffer.items():
+                    caches[trait].put_many(rows)
+                buffer.clear()
+                flushed = time.monotonic()
+            for plan in finished:
+                yield self._outcome(ctx, plan, caches[plan.trait], fresh[plan.trait])
+
+    def _generate(
+        self, ctx: StageContext, requests: dict[str, ChosenScenario]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        e = ctx.experiment
+        model = ctx.models.get(ctx.extraction_spec())
+        base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
+        options = GenerationOptions(
+            max_new_tokens=e.response_length(base=base), temperature=e.temperature, top_p=e.top_p, seed=e.seed
+        )
+        encoded = {key: model.encode(s.prompt, s.system_prompt, chat=not base) for key, s in requests.items()}
+        rows = [GenerationRow(key, prompt.ids) for key, prompt in encoded.items()]
+        with ctx.progress.task(f"responses · {len(rows)} prompts", len(rows)) as task:
+            for row in model.generate(rows, options):
+                task.advance(1, tokens=len(row.ids))
+                yield (
+                    row.key,
+                    {
+                        "prompt": requests[row.key].prompt,
+                        "system_prompt": requests[row.key].system_prompt,
+                        "prompt_ids": list(row.prompt_ids),
+                        "ids": list(row.ids),
+                        "text": row.text,
+                        "finish_reason": row.finish_reason,
+                        "chat": encoded[row.key].chat,
+                        "system_folded": encoded[row.key].system_folded,
+                        "generation": options.record(),
+                    },
+                )
+
+    def _outcome(self, ctx: StageContext, plan: Plan, cache: Any, fresh: set[str]) -> Outcome:
+        experiment, trait = ctx.experiment.name, plan.trait
+        assert trait is not None
+        sides: dict[str, list[dict[str, Any]]] = {"positive": [], "negative": []}
+        for row in plan.payload:
+            stored = cache.get(row.key)
+            sides[row.scenario.polarity].append(response_record(row.scenario, row.key, stored))
+        everything = sides["positive"] + sides["negative"]
+        first = cache.get(plan.payload[0].key)
+        truncated = sum(r["finish_reason"] == "length" for r in everything) / len(everything)
+        empty = sum(not r["answer"].strip() for r in everything)
+        tokens = [r["response_token_count"] for r in everything]
+        summary = {
+            "n_positive": len(sides["positive"]),
+            "n_negative": len(sides["negative"]),
+            "generated_now": len(fresh),
+            "from_cache": len({row.key for row in plan.payload}) - len(fresh),
+            "mean_response_tokens": sum(tokens) / len(tokens),
+            "truncated_share": truncated,
+            "empty_responses": empty,
+            "mode": "chat" if first["chat"] else "completion",
+            "max_new_tokens": first["generation"]["max_new_tokens"],
+            "system_prompts_folded": sum(bool(r["system_folded"]) for r in everything),
+            "model": plan.options["model"]["model"],
+        }
+        metadata = {
+            **{k: v for k, v in summary.items() if k not in ("generated_now", "from_cache")},
+            "generation": first["generation"],
+            "model": plan.options["model"],
+            "trait": trait,
+            "experiment": experiment,
+        }
+        samples = [
+            {"polarity": polarity, "scenario": r["question"][-120:], "response": r["answer"][:200]}
+            for polarity, rows in sides.items()
+            for r in rows[:3]
+        ]
+        return Outcome(
+            trait,
+            files={
+                keys.extraction(experiment, trait, "responses", "pos.json"): sides["positive"],
+                keys.extraction(experiment, trait, "responses", "neg.json"): sides["negative"],
+                keys.extraction(experiment, trait, "responses", "metadata.json"): metadata,
+            },
+            summary=summary,
+            metrics=[
+                {"name": name, "value": float(summary[name])}
+                for name in ("n_positive", "n_negative", "mean_response_tokens", "truncated_share")
+            ],
+            tables={"samples": samples},
+            checks=[
+                Check(
+                    "responses_not_empty",
+                    empty == 0,
+                    f"{empty} of {len(everything)} responses hold no text",
+                    values={"empty": empty},
+                ),
+                Check(
+                    "truncation_share",
+                    ctx.experiment.prefill_only or truncated < 1 or summary["mode"] == "completion",
+                    f"{truncated:.0%} of the responses were cut at {summary['max_new_tokens']} tokens",
+                    values={"truncated_share": truncated},
+                ),
+            ],
+        )
+
+
+def response_record(scenario: ChosenScenario, key: str, row: dict[str, Any]) -> dict[str, Any]:
+    """One row of pos.json/neg.json. `full_text` is for readers; the token ids are what was generated."""
+    answer = row["text"]
+    joint = "" if not answer or answer[0].isspace() or not row["chat"] else " "
+    return {
+        "question": scenario.prompt,
+        "answer": answer,
+        "full_text": f"{scenario.prompt}{joint}{answer}",
+        "system_prompt": scenario.system_prompt,
+        "prompt_token_ids": row["prompt_ids"],
+        "response_token_ids": row["ids"],
+        "prompt_token_count": len(row["prompt_ids"]),
+        "response_token_count": len(row["ids"]),
+        "finish_reason": row["finish_reason"],
+        "chat": row["chat"],
+        "system_folded": row["system_folded"],
+        "row_key": key,
+        "scenario_index": scenario.index,
+        "line": scenario.line,
+        "pair": scenario.pair,
+    }
+
+
+def uses_completion(base_model: bool | None, has_chat_template: bool, model: str) -> bool:
+    """Text completion or chat: as told, else by the tokenizer.
+
+    Asking for chat of a tokenizer without a template is refused: an invented template would be another model.
+    """
+    if base_model is None:
+        return not has_chat_template
+    if not base_model and not has_chat_template:
+        raise UserError(
+            f"{model} has no chat template",
+            where="base_model: false",
+            remedy="use --base-model (text completion), or a model with a chat template",
+        )
+    return base_model
