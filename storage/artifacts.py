@@ -197,7 +197,9 @@ class ArtifactStore:
                     where=self.describe(key),
                     remedy="Free some space and run again; everything finished before is kept.",
                 ) from error
-            if error.errno in _READ_ONLY or isinstance(error, NotADirectoryError | IsADirectoryError):
+            if error.errno in _READ_ONLY or isinstance(
+                error, NotADirectoryError | IsADirectoryError | FileExistsError
+            ):
                 raise UserError(
                     f"this file cannot be written ({error.strerror or error})",
                     where=self.describe(key),

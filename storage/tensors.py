@@ -48,7 +48,7 @@ def pack(tensors: Mapping[str, np.ndarray], metadata: Mapping[str, Any]) -> byte
     for name, tensor in tensors.items():
         if isinstance(tensor, np.generic):
             tensor = np.asarray(tensor)
-        if not isinstance(tensor, np.ndarray) or tensor.dtype not in _ALLOWED:
+        if not isinstance(tensor, np.ndarray) or tensor.dtype.newbyteorder("=") not in _ALLOWED:
             kind = getattr(tensor, "dtype", type(tensor).__name__)
             raise UserError(
                 f"the tensor {name!r} ({kind}) cannot be stored",
