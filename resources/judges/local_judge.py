@@ -9,8 +9,6 @@ Dagster.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import math
 import re
 import threading
@@ -27,10 +25,12 @@ from resources.judges.protocol import (
     JudgeItem,
     Judgement,
     ReferenceLogprob,
+    RowCacheLike,
     Score,
     TraitContext,
 )
 from resources.judges.scoring import distinct_ngrams
+from storage.manifest import fingerprint
 
 METHOD = "minilm-logreg/1"
 COHERENCE = "logprob-distinct3/1"
@@ -57,6 +57,7 @@ class LocalJudge:
         self._reference = reference
         self._on_progress = on_progress
         self._usage: Counter[str] = Counter()
+        self._caches: dict[str, RowCacheLike] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
@@ -91,7 +92,7 @@ class LocalJudge:
             row = None
             if key is not None:
                 keys[i] = key
-                row = self._cache_for(item.context.trait).get(key)
+                row = self._cache(item.context.trait).get(key)
             if row is not None:
                 self._usage["cache_hits"] += 1
                 judged[i] = Score(item.key, float(row["value"]), detail=dict(row["detail"]))
@@ -111,8 +112,13 @@ class LocalJudge:
                     "detail": dict(judgement.detail),
                 }
         for trait_name, rows in fresh.items():
-            self._cache_for(trait_name).put_many(rows)
+            self._cache(trait_name).put_many(rows)
         return [judged[i] for i in range(len(items))]
+
+    def _cache(self, trait: str) -> RowCacheLike:
+        if trait not in self._caches:
+            self._caches[trait] = self._cache_for(trait)
+        return self._caches[trait]
 
     def _cache_key(self, item: JudgeItem) -> str | None:
         if item.rubric == "coherence":
@@ -120,9 +126,9 @@ class LocalJudge:
             reference = getattr(self._reference, "identity", None)
             if reference is None:
                 return None
-            return _digest(["coherence", COHERENCE, reference, item.prompt_ids, item.text_ids, item.text])
+            return fingerprint(["coherence", COHERENCE, reference, item.prompt_ids, item.text_ids, item.text])
         place = [item.polarity, item.index] if item.rubric == "scenario" else None
-        return _digest(
+        return fingerprint(
             [METHOD, embedding_identity(), fit_fingerprint(item.context), _judged_text(item), place]
         )
 
@@ -152,15 +158,16 @@ class LocalJudge:
             return []
         logprobs: Mapping[str, float] = {}
         if self._reference is not None:
+            # item keys may repeat over traits: the row number is what tells them apart
             rows = [
-                (item.key, item.prompt_ids, item.text_ids)
-                for item in items
+                (str(i), item.prompt_ids, item.text_ids)
+                for i, item in enumerate(items)
                 if item.text_ids and item.prompt_ids
             ]
             logprobs = self._reference(rows) if rows else {}
         judged: list[Judgement] = []
-        for item in items:
-            logprob = logprobs.get(item.key)
+        for i, item in enumerate(items):
+            logprob = logprobs.get(str(i))
             variety = distinct_ngrams(_units(item))
             if logprob is None or not math.isfinite(logprob):
                 judged.append(Abstention(item.key, "no_reference", {"distinct_3": round(variety, 4)}))
@@ -195,11 +202,6 @@ def _units(item: JudgeItem) -> list[str]:
 
 def _judged_text(item: JudgeItem) -> str:
     return item.prompt if item.rubric == "scenario" else item.text
-
-
-def _digest(content: Any) -> str:
-    text = json.dumps(content, ensure_ascii=False, sort_keys=True, allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 class TraitFit:
@@ -285,7 +287,7 @@ def fit_fingerprint(context: TraitContext) -> str:
     known = _fingerprints.get(id(context))
     if known is not None and known[0] is context:
         return known[1]
-    value = _digest([METHOD, list(context.positives), list(context.negatives)])
+    value = fingerprint([METHOD, list(context.positives), list(context.negatives)])
     if len(_fingerprints) > 4096:
         _fingerprints.clear()
     _fingerprints[id(context)] = (context, value)

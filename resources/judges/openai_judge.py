@@ -1,0 +1,465 @@
+"""An LLM judge over the OpenAI chat-completions protocol: OpenAI itself, vLLM, Ollama, llama.cpp and their
+like.
+
+Turns items into questions (rubric.py), gets them answered (client.py) in a thread of its own, keeps every
+answer under (model, rubric version, rendered prompt), and reads scores from the kept answers (scoring.py).
+What is kept is the raw answer: another limit of mass re-reads, and never asks again. No HTTP here, no
+wording, no Dagster.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import queue
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+from urllib.parse import urlsplit
+
+from resources.judges.client import Answer, ChatClient, ClientSettings, GaveUp, Ledger, Mode
+from resources.judges.protocol import Abstention, CacheFor, JudgeItem, Judgement, RowCacheLike, Score
+from resources.judges.rubric import OFF_TOPIC_CAP, ON_TOPIC, VERSIONS, Rendered, render, render_on_topic
+from resources.judges.scoring import MIN_MASS, SCORING_VERSION, Reading, read_logprobs, read_text
+from storage.manifest import fingerprint
+
+# items under way at once, as a multiple of the requests in flight: those beyond wait for a retry
+WINDOW = 8
+PROGRESS_EVERY_S = 0.5
+# a reading that is not final: the same question has to be asked for a text
+ASK_TEXT = "ask_text"
+
+
+@dataclass(frozen=True)
+class OpenAISettings(ClientSettings):
+    """The client's settings and how answers are read. Everything that decides a score is in
+    `openai_identity`."""
+
+    scoring: Literal["auto", "logprobs", "text"] = "auto"
+    min_mass: float = MIN_MASS
+    show_prompt: bool = True
+    max_text_chars: int = 24_000
+    retry_abstentions: bool = False
+
+
+def openai_identity(settings: OpenAISettings) -> dict[str, Any]:
+    """What decides a score apart from the item. The address is left out: the same model elsewhere is the same
+    judge."""
+    host = urlsplit(settings.base_url).hostname if settings.base_url else None
+    return {
+        "kind": "openai",
+        "api": "openai" if host in (None, "api.openai.com") else "compatible",
+        "model": settings.model,
+        "rubrics": dict(VERSIONS),
+        "scoring": f"{settings.scoring}/{SCORING_VERSION}",
+        "min_mass": settings.min_mass,
+        "show_prompt": settings.show_prompt,
+        "max_text_chars": settings.max_text_chars,
+    }
+
+
+@dataclass(frozen=True)
+class _Ask:
+    rendered: Rendered
+    trait: str
+    mode: Mode
+    key: str
+
+
+# A judgement in steps: yields a question, is sent its answer, returns the judgement. The same steps run over
+# the cache alone and over the network.
+_Steps = Generator[_Ask, Answer, Judgement]
+
+
+class OpenAIJudge:
+    """See the module. Answers are put into `cache_for(trait)` as they come."""
+
+    stand_in = False
+
+    def __init__(
+        self,
+        settings: OpenAISettings,
+        cache_for: CacheFor,
+        on_progress: Callable[[Mapping[str, float]], None] | None = None,
+        *,
+        api_key: str | None = None,
+    ) -> None:
+        settings.check()
+        self.settings = settings
+        self._cache_for = cache_for
+        self._on_progress = on_progress
+        self._api_key = api_key
+        self._caches: dict[str, RowCacheLike] = {}
+        self._counts: Counter[str] = Counter()
+        self._spent = Ledger()
+        self._text_only = settings.scoring == "text"
+        self._told = 0.0
+
+    def __repr__(self) -> str:
+        return f"OpenAIJudge({self.settings.model!r})"
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        return openai_identity(self.settings)
+
+    def usage(self) -> dict[str, float]:
+        """Besides what the protocol names: requests and retries, and whether the cost is known (`priced` 1 or
+        0)."""
+        price = self.settings.price()
+        return {
+            "calls": float(self._spent.calls),
+            "cache_hits": float(self._counts["cache_hits"]),
+            "prompt_tokens": float(self._spent.prompt_tokens),
+            "completion_tokens": float(self._spent.completion_tokens),
+            "cost_usd": self._spent.cost(price),
+            "abstentions": float(self._counts["abstentions"]),
+            "requests": float(self._spent.requests),
+            "retries": float(self._spent.retries),
+            "priced": 0.0 if price is None else 1.0,
+        }
+
+    def score(
+        self, items: Sequence[JudgeItem], *, on_judged: Callable[[Judgement], None] | None = None
+    ) -> Iterator[Judgement]:
+        """Judgements in the order of `items`; `on_judged` sees each one as soon as it exists, out of order.
+
+        UserError (key, quota, model, budget, unreachable server) ends the run; all answers until then are
+        kept.
+        """
+        done: dict[int, Judgement] = {}
+        following = 0
+        for i, judgement in self._judged(items):
+            if isinstance(judgement, Abstention):
+                self._counts["abstentions"] += 1
+            if on_judged is not None:
+                on_judged(judgement)
+            done[i] = judgement
+            while following in done:
+                yield done.pop(following)
+                following += 1
+
+    # what an item needs, step by step
+
+    def _steps(self, item: JudgeItem) -> _Steps:
+        text = item.prompt if item.rubric == "scenario" else item.text
+        if not text.strip():
+            return Abstention(item.key, "empty")
+        if len(item.prompt) + len(item.text) > self.settings.max_text_chars:
+            return Abstention(item.key, "too_long", {"chars": len(item.prompt) + len(item.text)})
+        rendered = render(item, show_prompt=self.settings.show_prompt)
+        reading, answer = yield from self._reading(item, rendered)
+        detail = _detail(reading, answer, rendered)
+        if reading.value is None:
+            return Abstention(item.key, reading.reason or "unparseable", detail)
+        value = reading.value
+        if item.rubric == "coherence" and value > OFF_TOPIC_CAP and item.prompt.strip():
+            topic, _ = yield from self._reading(item, render_on_topic(item))
+            if topic.value is None:
+                return Abstention(item.key, topic.reason or "unparseable", {**detail, "question": "on_topic"})
+            detail |= {"language": value, "on_topic": topic.value}
+            if topic.value < ON_TOPIC:
+                value = OFF_TOPIC_CAP
+        return Score(item.key, value, reading.mass, detail)
+
+    def _reading(
+        self, item: JudgeItem, rendered: Rendered
+    ) -> Generator[_Ask, Answer, tuple[Reading, Answer]]:
+        """Ask, and ask again for a text where the first token of the answer could not be read as a number."""
+        trait = item.context.trait
+        mode: Mode = "text" if self._text_only else "logprobs"
+        answer = yield _Ask(rendered, trait, mode, self._key(rendered, mode))
+        reading = self._read(answer)
+        if reading.reason == ASK_TEXT:
+            answer = yield _Ask(rendered, trait, "text", self._key(rendered, "text"))
+            reading = self._read(answer)
+        return reading, answer
+
+    def _read(self, answer: Answer) -> Reading:
+        return read_answer(answer, min_mass=self.settings.min_mass, texts=self.settings.scoring != "logprobs")
+
+    def _key(self, rendered: Rendered, mode: Mode) -> str:
+        """Where an answer is kept: judge model, rubric version, rendered prompt, and how it was asked."""
+        api = openai_identity(self.settings)["api"]
+        return fingerprint([api, self.settings.model, rendered.rubric, rendered.system, rendered.user, mode])
+
+    def _cache(self, trait: str) -> RowCacheLike:
+        if trait not in self._caches:
+            self._caches[trait] = self._cache_for(trait)
+        return self._caches[trait]
+
+    def _kept(self, ask: _Ask) -> Answer | None:
+        row = self._cache(ask.trait).get(ask.key)
+        if row is None:
+            return None
+        answer = Answer.from_record(row)
+        if self.settings.retry_abstentions:
+            reading = self._read(answer)
+            if reading.value is None and reading.reason != ASK_TEXT:
+                return None
+        return answer
+
+    def _from_cache(self, item: JudgeItem) -> Judgement | None:
+        """The judgement if every question it needs was answered before."""
+        steps = self._steps(item)
+        hits = 0
+        try:
+            ask = next(steps)
+            while True:
+                answer = self._kept(ask)
+                if answer is None:
+                    return None
+                hits += 1
+                ask = steps.send(answer)
+        except StopIteration as end:
+            self._counts["cache_hits"] += hits
+            judgement: Judgement = end.value
+            return judgement
+
+    # the thread that asks
+
+    def _judged(self, items: Sequence[JudgeItem]) -> Iterator[tuple[int, Judgement]]:
+        open_items: list[int] = []
+        for i, item in enumerate(items):
+            judgement = self._from_cache(item)
+            if judgement is None:
+                open_items.append(i)
+            else:
+                yield i, judgement
+        if not open_items:
+            return
+        results: queue.Queue[tuple[int, Judgement] | BaseException | None] = queue.Queue()
+        worker = _Worker(self, items, open_items, results)
+        worker.start()
+        try:
+            left = len(open_items)
+            while True:
+                try:
+                    result = results.get(timeout=PROGRESS_EVERY_S)
+                except queue.Empty:
+                    if not worker.is_alive() and results.empty():
+                        raise RuntimeError("the judge's thread ended without a word") from None
+                    self._progress(len(items), left)
+                    continue
+                if result is None:
+                    return
+                if isinstance(result, BaseException):
+                    raise result
+                left -= 1
+                self._progress(len(items), left)
+                yield result
+        finally:
+            worker.cancel()
+            worker.join()
+            self._progress(len(items), left, last=True)
+
+    def _progress(self, total: int, left: int, *, last: bool = False) -> None:
+        if self._on_progress is None:
+            return
+        now = time.monotonic()
+        if last or now - self._told >= PROGRESS_EVERY_S:
+            self._told = now
+            self._on_progress({**self.usage(), "items": float(total), "items_left": float(left)})
+
+
+def read_answer(answer: Answer, *, min_mass: float, texts: bool = True) -> Reading:
+    """The score in an answer or the reason for its absence; ASK_TEXT when only a longer answer can tell.
+
+    `texts` False: log-probabilities or nothing.
+    """
+    if answer.filtered:
+        return Reading(None, "content_filter")
+    if answer.refusal:
+        return Reading(None, "refusal")
+    cut = answer.mode == "logprobs" and answer.finish == "length"
+    if answer.mode == "logprobs" and answer.top:
+        reading = read_logprobs(answer.top, min_mass=min_mass)
+        if reading.split_digits and texts:
+            whole = Reading(None, ASK_TEXT) if cut else read_text(answer.text)
+            if whole.value is None:
+                return Reading(None, ASK_TEXT)
+            return Reading(whole.value, mass=reading.mass, split_digits=True, detail=reading.detail)
+        if reading.reason == "low_mass" and read_text(answer.text).reason == "refusal":
+            return Reading(None, "refusal", mass=reading.mass, detail=reading.detail)
+        return reading
+    if not texts:
+        return Reading(None, "no_logprobs")
+    reading = read_text(answer.text)
+    if reading.value is None and cut:
+        return Reading(None, ASK_TEXT)
+    if reading.reason in ("empty", "unparseable") and answer.finish == "length":
+        return Reading(None, "unfinished")
+    return reading
+
+
+def _detail(reading: Reading, answer: Answer, rendered: Rendered) -> dict[str, Any]:
+    by_text = reading.split_digits or answer.mode == "text" or not answer.top
+    detail: dict[str, Any] = {
+        "rubric": rendered.rubric,
+        "read": "text" if by_text else "logprobs",
+        **reading.detail,
+    }
+    if answer.model:
+        detail["model"] = answer.model
+    if rendered.neutralised:
+        detail["neutralised"] = rendered.neutralised
+    if reading.value is None:
+        detail["said"] = (answer.refusal or answer.text)[:200]
+        if reading.mass is not None:
+            detail["mass"] = reading.mass
+    return detail
+
+
+class _Worker(threading.Thread):
+    """Asks what the cache does not hold, in an event loop of its own, and reports each judgement as it is
+    made."""
+
+    def __init__(
+        self,
+        judge: OpenAIJudge,
+        items: Sequence[JudgeItem],
+        open_items: Sequence[int],
+        results: queue.Queue[tuple[int, Judgement] | BaseException | None],
+    ) -> None:
+        super().__init__(name="judge", daemon=True)
+        self._judge = judge
+        self._items = items
+        self._open = open_items
+        self._results = results
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = threading.Event()
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except asyncio.CancelledError:
+            self._results.put(None)
+        except BaseException as error:
+            # handed to the thread that reads the results, which raises it
+            self._results.put(error)
+        else:
+            self._results.put(None)
+
+    def cancel(self) -> None:
+        """Stop at once; answers under way are lost, as in a kill."""
+        self._cancelled.set()
+        loop, task = self._loop, self._task
+        if loop is not None and task is not None and self.is_alive():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(task.cancel)
+
+    async def _main(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        if self._cancelled.is_set():
+            return
+        judge = self._judge
+        self._client = ChatClient(judge.settings, judge._api_key, judge._spent)
+        self._writer = _Writer()
+        self._flights: dict[str, asyncio.Future[Answer]] = {}
+        failures: list[BaseException] = []
+        room = asyncio.Semaphore(WINDOW * judge.settings.max_concurrency)
+        tasks: set[asyncio.Task[None]] = set()
+
+        def finished(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            room.release()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failures.append(error)
+
+        try:
+            for i in self._open:
+                await room.acquire()
+                if failures:
+                    break
+                task = asyncio.create_task(self._one(i))
+                tasks.add(task)
+                task.add_done_callback(finished)
+            # after a failure requests under way still bring their answers home; those that wait stop by
+            # themselves
+            while tasks:
+                await asyncio.wait(tasks)
+                await asyncio.sleep(0)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await self._client.close()
+        if failures:
+            raise failures[0]
+
+    async def _one(self, i: int) -> None:
+        item = self._items[i]
+        steps = self._judge._steps(item)
+        try:
+            ask = next(steps)
+            while True:
+                ask = steps.send(await self._answer(ask))
+        except StopIteration as end:
+            self._results.put((i, end.value))
+        except GaveUp as given_up:
+            self._results.put((i, Abstention(item.key, given_up.reason, {"last": given_up.detail[:200]})))
+
+    async def _answer(self, ask: _Ask) -> Answer:
+        """From the cache, from a twin that is being asked right now, or from the server."""
+        kept = self._judge._kept(ask)
+        if kept is not None:
+            self._judge._counts["cache_hits"] += 1
+            return kept
+        flight = self._flights.get(ask.key)
+        if flight is not None:
+            return await asyncio.shield(flight)
+        flight = asyncio.get_running_loop().create_future()
+        self._flights[ask.key] = flight
+
+        async def keep(answer: Answer) -> None:
+            await self._writer.put(self._judge._cache(ask.trait), ask.key, answer.record())
+
+        try:
+            answer = await self._client.ask(
+                lambda system_role: ask.rendered.messages(system_role=system_role), ask.mode, keep
+            )
+        except BaseException as error:
+            flight.set_exception(error)
+            # a flight that nobody shared must not warn of an exception never looked at
+            flight.exception()
+            raise
+        finally:
+            del self._flights[ask.key]
+        flight.set_result(answer)
+        return answer
+
+
+class _Writer:
+    """Group commit: whatever arrived while the last write was under way is written together."""
+
+    def __init__(self) -> None:
+        self._pending: list[tuple[RowCacheLike, str, dict[str, Any], asyncio.Future[None]]] = []
+        self._task: asyncio.Task[None] | None = None
+
+    async def put(self, cache: RowCacheLike, key: str, row: dict[str, Any]) -> None:
+        """Returns when the row survives a kill."""
+        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._pending.append((cache, key, row, written))
+        if self._task is None or self._task.done():
+            self._task = asyncio.create_task(self._write())
+        await written
+
+    async def _write(self) -> None:
+        while self._pending:
+            batch, self._pending = self._pending, []
+            caches = {id(cache): cache for cache, *_ in batch}
+            for name, cache in caches.items():
+                mine = [entry for entry in batch if id(entry[0]) == name]
+                try:
+                    await asyncio.to_thread(cache.put_many, {key: row for _, key, row, _ in mine})
+                except Exception as error:
+                    for *_, written in mine:
+                        if not written.done():
+                            written.set_exception(error)
+                else:
+                    for *_, written in mine:
+                        if not written.done():
+                            written.set_result(None)

@@ -1,0 +1,37 @@
+"""Fixtures that several rooms share. What only one room needs belongs into that room's own conftest."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+def load_by_path(path: Path) -> ModuleType:
+    """A helper module of the tests, which have no packages, under a name of its own."""
+    name = f"tests_{path.stem}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, path)
+        assert spec is not None
+        assert spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules[name] = module
+        spec.loader.exec_module(module)
+    return sys.modules[name]
+
+
+@pytest.fixture
+def openai_server() -> Iterator[Any]:
+    """A loopback server that speaks the OpenAI protocol (tests/judges/openai_server.py), taught the shipped
+    traits."""
+    module = load_by_path(ROOT / "tests" / "judges" / "openai_server.py")
+    with module.OpenAIServer() as server:
+        module.teach_shipped(server, ROOT / "datasets" / "traits")
+        yield server
