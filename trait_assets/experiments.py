@@ -52,6 +52,11 @@ class SteeringOptions(_Options):
 
     questions: int | None = Field(None, ge=1, description="Use the first N questions of steering.json; default all.")
     max_new_tokens: int = Field(64, ge=1, description="Length of each answer.")
+    temperature: float = Field(0.0, ge=0, description="0 is greedy; a steered answer and its baseline share the seed.")
+    chat: bool | None = Field(None, description="Chat template for questions; default where the tokenizer has one.")
+    search_share: float = Field(
+        0.4, gt=0, lt=1, description="Share of the questions that choose layer, method and dose; the rest report."
+    )
     methods: Names | None = Field(None, description="Vector methods to try; default those of the experiment, random left out.")
     layers: str | None = Field(None, description="Layers to try, as in `layers`; default the depth window.")
     depth_window: tuple[float, float] = Field((0.25, 0.75), description="Depth window of candidate layers (share of depth).")
