@@ -1,7 +1,7 @@
 """What a language model is asked, and what it answers: plain rows, no torch, no Dagster.
 
-Every row carries a `key` chosen by the caller; results come back with the same key, in any order. Token ids are
-the truth everywhere: text is never tokenised a second time.
+Every row carries a `key` chosen by the caller; results come back with the same key, in any order. Token ids
+are the truth everywhere: text is never tokenised a second time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,8 @@ class EncodedPrompt:
     """A prompt as the model will see it.
 
     `ids`: token ids with exactly one BOS where the tokenizer has one; `chat`: the chat template was applied;
-    `system_folded`: the template refuses a system role, so the system prompt was put at the head of the user turn.
+    `system_folded`: the template refuses a system role, so the system prompt was put at the head of the user
+    turn.
     """
 
     ids: tuple[int, ...]
@@ -50,9 +51,9 @@ class EncodedPrompt:
 class Intervention:
     """One steering operation at one layer's hook site, for one row.
 
-    `vector`: [hidden] float32 unit direction; `coefficient`: for add, the length added (units of ‖h‖); for clamp,
-    the projection to hold; ignored by ablate. `layer` counts blocks from 0; the site is the output of that block
-    for component `residual`.
+    `vector`: [hidden] float32 unit direction; `coefficient`: for add, the length added (units of ‖h‖); for
+    clamp, the projection to hold; ignored by ablate. `layer` counts blocks from 0; the site is the output of
+    that block for component `residual`.
     """
 
     layer: int
@@ -66,7 +67,7 @@ class Intervention:
 class GenerationOptions:
     """Every parameter that decides a row's text; a model's own generation_config never leaks in.
 
-    `temperature` 0 is greedy. `stop_strings` is empty by default; end-of-turn tokens of the model always stop.
+    `temperature` 0 is greedy. End-of-turn tokens of the model always stop.
     """
 
     max_new_tokens: int = 150
@@ -91,8 +92,9 @@ class GenerationOptions:
 class GenerationRow:
     """One prompt to continue, with its own steering (none: unsteered).
 
-    The sampling seed of the row is derived from `options.seed` and `key` (or `seed_key`, where two rows, such as
-    a steered one and its baseline, must draw the same noise), so text never depends on neighbours or order.
+    The sampling seed of the row is derived from `options.seed` and `key` (or `seed_key`, where two rows, such
+    as a steered one and its baseline, must draw the same noise), so text never depends on neighbours or
+    order.
     """
 
     key: str
@@ -103,8 +105,8 @@ class GenerationRow:
 
 @dataclass(frozen=True)
 class GeneratedRow:
-    """`ids`: the generated token ids without the stop token; `text`: their decoding, special tokens skipped, otherwise
-    untouched (a leading space stays)."""
+    """`ids`: the generated token ids without the stop token; `text`: their decoding, special tokens skipped,
+    otherwise untouched (a leading space stays)."""
 
     key: str
     prompt_ids: tuple[int, ...]
@@ -126,10 +128,10 @@ class CaptureRow:
 class CapturedRow:
     """Pooled hidden states of one row.
 
-    `pooled[position, component]`: [n_layers, width] float32, the mean over the tokens that the position selects
-    (fp32 accumulation); `empty`: the positions that select no token of this row (absent from `pooled`);
-    `norms`: [n_layers] float32, median over the row's tokens, token 0 left out, of the residual ‖h‖ at each block output
-    (NaN where the row has a single token).
+    `pooled[position, component]`: [n_layers, width] float32, the mean over the tokens that the position
+    selects (fp32 accumulation); `empty`: the positions that select no token of this row (absent from
+    `pooled`); `norms`: [n_layers] float32, median over the row's tokens, token 0 left out, of the residual
+    ‖h‖ at each block output (NaN where the row has a single token).
     """
 
     key: str

@@ -1,0 +1,1 @@
+"""Language models: load, generate, capture, steer."""
