@@ -94,6 +94,7 @@ class LineageIndex:
         self.patience = patience
         self.notes = self.path.with_name(self.path.name + ".pending")
         self._behind = False
+        self._unannounced: list[str] = []
         with _path_locks_guard:
             self._lock = _path_locks.setdefault(str(self.path), threading.RLock())
 
@@ -134,13 +135,23 @@ class LineageIndex:
 
     # Taking files in
 
-    def announce(self, sources: Sequence[str]) -> Path:
-        """Leave a note that these files are (about to be) there; whoever writes next takes them in."""
-        self.notes.mkdir(parents=True, exist_ok=True)
+    def announce(self, sources: Sequence[str]) -> Path | None:
+        """Leave a note that these files are (about to be) there; whoever writes next takes them in.
+
+        Where no note can be left (a full disk), this process keeps it in mind, and None is returned.
+        """
         note = self.notes / f"{time.time_ns():020d}-{uuid.uuid4().hex}.json"
         temporary = note.with_suffix(".tmp")
-        temporary.write_text(json.dumps(list(sources)), encoding="utf-8")
-        os.replace(temporary, note)
+        try:
+            self.notes.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(json.dumps(list(sources)), encoding="utf-8")
+            os.replace(temporary, note)
+        except OSError as error:
+            log.warning("no note can be left for the index in %s: %s", self.notes, error)
+            with suppress(OSError):
+                temporary.unlink()
+            self._unannounced.extend(sources)
+            return None
         return note
 
     def take_in(self) -> Indexed:
@@ -171,10 +182,9 @@ class LineageIndex:
 
         return duckdb.Error
 
-    def on_commit(self, manifest: Manifest) -> None:
-        """Hook of `Manifests`: index a manifest that was just committed."""
+    def announce_manifest(self, manifest: Manifest) -> None:
+        """Hook of `Manifests`: whoever takes files in next takes this manifest in, too."""
         self.announce([history_key(manifest)])
-        self.take_in()
 
     def pending(self) -> int:
         """How many notes wait to be taken in."""
@@ -202,7 +212,9 @@ class LineageIndex:
             sources.extend(present)
             if len(present) == len(named) or age > _NOTE_HOURS * 3600:
                 done.append(note)
-        self._ingest(connection, sources)
+        in_mind = [source for source in self._unannounced if self.store.exists(source)]
+        self._ingest(connection, sources + in_mind)
+        self._unannounced.clear()
         for note in done:
             with suppress(FileNotFoundError):
                 note.unlink()
@@ -448,8 +460,17 @@ class LineageIndex:
         """
         import duckdb
 
-        with suppress(IndexBusy):
-            self.catch_up()
+        if not query.strip():
+            raise UserError("the query is empty", where="SQL", remedy="Try `SHOW TABLES`.")
+        try:
+            with suppress(IndexBusy):
+                self.catch_up()
+        except duckdb.Error as error:
+            raise UserError(
+                f"the index cannot be opened ({str(error).splitlines()[0]})",
+                where=str(self.path),
+                remedy="Rebuild it with `traits rebuild-index`.",
+            ) from error
         with tempfile.TemporaryDirectory(prefix="traits-sql-") as folder:
             copy = self.snapshot(Path(folder) / "index.duckdb")
             connection = duckdb.connect(

@@ -12,7 +12,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from storage import keys
 from storage.artifacts import ArtifactStore, to_json
@@ -22,7 +22,7 @@ from storage.manifest import run_mark
 if TYPE_CHECKING:
     import pyarrow as pa
 
-    from storage.index import LineageIndex
+    from storage.index import Indexed, LineageIndex
 
 _COLUMN = re.compile(r"[a-z_][a-z0-9_]{0,62}")
 # Written into every row by `write`; a stage must not bring its own.
@@ -44,29 +44,41 @@ class MetricsWriter:
         rows: Sequence[Mapping[str, Any]],
         run_id: str,
         fingerprint: str,
-    ) -> Literal["indexed", "index_behind"]:
-        """Keep `rows` as Parquet and offer them to the index.
+    ) -> Indexed:
+        """Keep `rows` as Parquet and offer them to the index; see `keep`."""
+        self.keep(experiment, stage, trait, rows, run_id, fingerprint)
+        return self.index.take_in()
+
+    def keep(
+        self,
+        experiment: str | None,
+        stage: str,
+        trait: str | None,
+        rows: Sequence[Mapping[str, Any]],
+        run_id: str,
+        fingerprint: str,
+        created_at: datetime | None = None,
+    ) -> str:
+        """Keep `rows` as Parquet and leave a note for the index; gives the storage key.
 
         Values are None, bool, int, float, str; lists and dictionaries are kept as JSON text. A row's
-        `table` says which table of the index it belongs to (default `metrics`); `storage/schema` has
-        their columns. UserError for NaN and bad column names; a locked or unreachable index is never an
-        error: the rows are taken in by the next writer.
+        `table` says which table of the index it belongs to (default `metrics`); `schema/tables.sql` has
+        their columns, and what has no column there lands in `extra`. UserError for NaN and bad column
+        names.
         """
         key = metrics_key(experiment, stage, trait, fingerprint, run_id)
-        data = encode_rows(
-            rows,
-            {
-                "experiment": experiment,
-                "stage": keys.check_stage(stage),
-                "trait": trait,
-                "run_id": run_id,
-                "fingerprint": fingerprint,
-                "created_at": datetime.now(UTC),
-            },
-        )
+        common = {
+            "experiment": experiment,
+            "stage": keys.check_stage(stage),
+            "trait": trait,
+            "run_id": run_id,
+            "fingerprint": fingerprint,
+            "created_at": created_at or datetime.now(UTC),
+        }
+        data = encode_rows(rows, common)
         self.index.announce([key])
         self.store.write_bytes(key, data)
-        return self.index.take_in()
+        return key
 
 
 def metrics_key(experiment: str | None, stage: str, trait: str | None, fingerprint: str, run_id: str) -> str:

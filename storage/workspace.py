@@ -6,14 +6,17 @@ Belongs here: putting the parts together. Does not: their inside, Dagster, and w
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping, Sequence
+from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from upath import UPath
 
 from storage import keys
 from storage.artifacts import ArtifactStore
-from storage.index import LineageIndex
-from storage.manifest import Manifests
+from storage.index import Indexed, LineageIndex
+from storage.manifest import Manifest, Manifests
 from storage.metrics import MetricsWriter
 from storage.rows import RowCache, TensorJournal
 
@@ -26,8 +29,26 @@ class Workspace:
     def __init__(self, root: str | os.PathLike[str] | UPath, duckdb_path: str | os.PathLike[str]) -> None:
         self.store = ArtifactStore(root)
         self.index = LineageIndex(self.store, Path(duckdb_path))
-        self.manifests = Manifests(self.store, self.index.on_commit)
+        self.manifests = Manifests(self.store, self.index.announce_manifest)
         self.metrics = MetricsWriter(self.store, self.index)
+
+    def commit(self, manifest: Manifest, rows: Sequence[Mapping[str, Any]] = ()) -> Indexed:
+        """Make a result count: its metric rows first, its manifest last, then one look at the index.
+
+        In this order a kill never leaves a result that counts without its rows. "index_behind": the index was
+        locked; nothing is lost, the next writer takes it in.
+        """
+        self.metrics.keep(
+            manifest.experiment,
+            manifest.stage,
+            manifest.trait,
+            rows,
+            manifest.run_id,
+            manifest.fingerprint,
+            datetime.fromisoformat(manifest.created_at),
+        )
+        self.manifests.commit(manifest)
+        return self.index.take_in()
 
     def row_cache(self, kind: str, trait: str) -> RowCache:
         """Rows by content key, shared by all experiments (`kind`: what the rows are, such as judge)."""

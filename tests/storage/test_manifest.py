@@ -1,4 +1,4 @@
-"""A result counts when its manifest is there, names all its files, and they are the files that were written."""
+"""A result counts when its manifest is there, names its files, and they are the ones that were written."""
 
 from __future__ import annotations
 
