@@ -8,8 +8,8 @@ generation. Not here: generating, judging (scoring.py), reading vectors (candida
 The dose of a setting is relative: r = ‖added‖ ÷ median ‖h‖ of the steered model at that layer. The steps:
 
 1. ladder: the coarse doses in rising order, all candidates of a rung in one batch. A candidate that fell
-   below the coherence threshold is not driven higher; one whose effect, extrapolated in proportion to the largest
-   dose, stays below what the leader has shown already is dropped;
+   below the coherence threshold is not driven higher; one whose effect, extrapolated in proportion to the
+   largest dose, stays below what the leader has shown already is dropped;
 2. refine: the most promising candidates are bisected between their largest coherent and smallest incoherent
    dose, or driven beyond the ladder while they stay coherent;
 3. choose: the largest change among the coherent settings, by the search half alone;
@@ -269,7 +269,8 @@ class _Plan:
             mean = run.measured.coherence_mean
             if mean is None or mean < self.options.coherence_threshold:
                 shown = "no score" if mean is None else f"{mean:.0f}"
-                yield f"unsteered answers ({half} half) have coherence {shown}: steering cannot meet the threshold"
+                said = f"unsteered answers ({half} half) have coherence {shown}"
+                yield f"{said}: steering cannot meet the threshold"
             if run.measured.abstentions > allowed_abstentions(run.measured.n):
                 missed = f"{run.measured.abstentions} of {run.measured.n}"
                 yield f"the judge abstained on {missed} unsteered answers ({half} half)"

@@ -105,7 +105,7 @@ def read_questions(
         raise UserError(
             f"{len(texts)} different question{'' if len(texts) == 1 else 's'} left for {trait}",
             where=where,
-            remedy=f"give {LEAST_QUESTIONS} different questions at least, {SPLIT_FROM} for a validated result",
+            remedy=f"give at least {LEAST_QUESTIONS}, and {SPLIT_FROM} for a validated result",
         )
     direction = _direction(steering.get("direction"), where)
     eval_prompt = steering.get("eval_prompt")
@@ -116,8 +116,8 @@ def read_questions(
     if len(texts) < SPLIT_FROM:
         everything = tuple(range(len(texts)))
         flags.append(
-            f"only {len(texts)} questions: layer, method and dose are chosen on the questions that are reported, "
-            f"so the result is exploratory and cannot be called validated (needs {SPLIT_FROM})"
+            f"only {len(texts)} questions: layer, method and dose are chosen on those that are reported, so "
+            f"the result is exploratory and cannot be called validated (needs {SPLIT_FROM})"
         )
         return Questions(tuple(texts), everything, everything, direction, eval_prompt, tuple(flags))
     search, report = split(texts, search_share=search_share, seed=seed)
