@@ -92,9 +92,8 @@ class SteeringStage:
             "vector_evaluation": evaluation.fingerprint,
         }
         if application.record() != dict(source_model):
-            flags.append(
-                f"the steered model {application.model} is not that of the vectors, {source_model.get('model')}"
-            )
+            source = source_model.get("model")
+            flags.append(f"the steered model {application.model} is not that of the vectors, {source}")
         payload = _Payload(scenarios, questions, tuple(chosen), source_model, source_layers, tuple(flags))
         return Plan(trait, inputs, options, payload)
 
