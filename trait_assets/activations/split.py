@@ -63,7 +63,9 @@ def split_rows(rows: Sequence[RowInfo], *, val_split: float, seed: int) -> Split
     """
     if not 0 <= val_split < 1:
         raise UserError(
-            f"val_split is {val_split}", where="option `val_split`", remedy="use a share from 0 up to, not including, 1"
+            f"val_split is {val_split}",
+            where="option `val_split`",
+            remedy="use a share from 0 up to, not including, 1",
         )
     _check_rows(rows)
     excluded = _on_both_sides(rows)
@@ -119,7 +121,8 @@ def group_rows(rows: Sequence[RowInfo]) -> tuple[dict[str, int], float]:
             _union(parent, first_of_pair.setdefault(row.pair, place[text]), place[text])
     number: dict[int, int] = {}
     return {
-        row.key: number.setdefault(_find(parent, place[text]), len(number)) for row, text in zip(rows, texts, strict=True)
+        row.key: number.setdefault(_find(parent, place[text]), len(number))
+        for row, text in zip(rows, texts, strict=True)
     }, threshold
 
 

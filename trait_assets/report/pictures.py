@@ -60,12 +60,16 @@ def layer_method_heatmap(
     ax.set_yticks(range(len(methods)), methods)
     _layer_ticks(ax.set_xticks, layers)
     ax.set_xlabel("layer")
-    ax.set_title(f"{title}: {metric.replace('_', ' ')}" + (" (framed: chosen on train)" if best else ""), fontsize=10)
+    ax.set_title(
+        f"{title}: {metric.replace('_', ' ')}" + (" (framed: chosen on train)" if best else ""), fontsize=10
+    )
     drawn.colorbar(image, ax=ax, pad=0.01)
     return png(drawn)
 
 
-def projection_strip(projections: Sequence[Mapping[str, Any]], best: Mapping[str, Any], *, title: str) -> bytes:
+def projection_strip(
+    projections: Sequence[Mapping[str, Any]], best: Mapping[str, Any], *, title: str
+) -> bytes:
     """Every row's projection on the chosen vector, train and held-out apart, with the train threshold."""
     import numpy as np
 
@@ -77,7 +81,15 @@ def projection_strip(projections: Sequence[Mapping[str, Any]], best: Mapping[str
         for polarity, colour, side in (("positive", POSITIVE, -0.15), ("negative", NEGATIVE, 0.15)):
             values = [r["projection"] for r in projections if r["part"] == part and r["polarity"] == polarity]
             height = line + side + rng.uniform(-0.1, 0.1, len(values))
-            ax.plot(values, height, "o", color=colour, alpha=0.7, markersize=4, label=polarity if line == 0 else None)
+            ax.plot(
+                values,
+                height,
+                "o",
+                color=colour,
+                alpha=0.7,
+                markersize=4,
+                label=polarity if line == 0 else None,
+            )
     if best["threshold"] is not None:
         ax.axvline(best["threshold"], color=NEUTRAL, linestyle="--", linewidth=1, label="threshold")
     ax.set_yticks(range(len(parts)), ["held out" if part == "val" else part for part in parts])
@@ -99,7 +111,13 @@ def auc_heatmap(matrix: Sequence[Sequence[float | None]], names: Sequence[str], 
 
 
 def _square(
-    matrix: Sequence[Sequence[float | None]], names: Sequence[str], title: str, *, cmap: str, low: float, high: float
+    matrix: Sequence[Sequence[float | None]],
+    names: Sequence[str],
+    title: str,
+    *,
+    cmap: str,
+    low: float,
+    high: float,
 ) -> bytes:
     import numpy as np
 
@@ -148,15 +166,21 @@ def dose_response(
         line = sorted(line, key=lambda p: p["dose"])
         mine = (line[0]["method"], line[0]["layer"]) == best
         doses = [0.0] + [p["dose"] for p in line]
-        style: dict[str, Any] = {"color": POSITIVE, "linewidth": 2, "zorder": 3} if mine else {
-            "color": NEUTRAL,
-            "linewidth": 0.8,
-            "alpha": 0.45,
-        }
+        style: dict[str, Any] = (
+            {"color": POSITIVE, "linewidth": 2, "zorder": 3}
+            if mine
+            else {
+                "color": NEUTRAL,
+                "linewidth": 0.8,
+                "alpha": 0.45,
+            }
+        )
         label = f"{line[0]['method']}, layer {line[0]['layer']} (search half)" if mine else None
         upper.plot(doses, [0.0] + [p["change"] for p in line], marker="o", markersize=3, label=label, **style)
         judged = [p for p in line if p["coherence"] is not None]
-        lower.plot([p["dose"] for p in judged], [p["coherence"] for p in judged], marker="o", markersize=3, **style)
+        lower.plot(
+            [p["dose"] for p in judged], [p["coherence"] for p in judged], marker="o", markersize=3, **style
+        )
         if mine and all(p["low"] is not None for p in line):
             low, high = [0.0] + [p["low"] for p in line], [0.0] + [p["high"] for p in line]
             upper.fill_between(doses, low, high, color=POSITIVE, alpha=0.12, linewidth=0)
@@ -166,7 +190,9 @@ def dose_response(
         if point["kind"] == "random":
             first = point["name"].startswith("random_0")
             label = "random directions (report half)" if first else None
-            upper.plot(point["dose"], point["change"], "x", color=NEUTRAL, markersize=6, label=label, zorder=4)
+            upper.plot(
+                point["dose"], point["change"], "x", color=NEUTRAL, markersize=6, label=label, zorder=4
+            )
         elif point["kind"] == "vector":
             bars = None
             if point["low"] is not None:
@@ -178,7 +204,9 @@ def dose_response(
             if point["coherence"] is not None:
                 lower.plot(point["dose"], point["coherence"], "D", color=NEGATIVE, zorder=5)
     if chosen.get("prompting_change") is not None:
-        upper.axhline(chosen["prompting_change"], color=NEGATIVE, linestyle=":", linewidth=1, label="system prompt")
+        upper.axhline(
+            chosen["prompting_change"], color=NEGATIVE, linestyle=":", linewidth=1, label="system prompt"
+        )
     upper.axhline(0, color=NEUTRAL, linewidth=0.8)
     lower.axhline(threshold, color=NEUTRAL, linestyle="--", linewidth=0.8)
     upper.set_ylabel("change of the trait score")
@@ -199,7 +227,9 @@ def layer_dose_heatmap(
     import numpy as np
     from matplotlib.patches import Rectangle
 
-    searched = [p for p in points if p["half"] == "search" and p["kind"] == "vector" and p["change"] is not None]
+    searched = [
+        p for p in points if p["half"] == "search" and p["kind"] == "vector" and p["change"] is not None
+    ]
     rows = sorted({(p["layer"], p["method"], p["name"]) for p in searched})
     doses = sorted({round(p["dose"], 4) for p in searched})
     drawn = figure(max(4.6, 0.62 * len(doses) + 2.6), max(2.0, 0.34 * len(rows) + 1.3))
@@ -248,6 +278,8 @@ def steering_changes(rows: Sequence[Mapping[str, Any]], *, title: str) -> bytes:
     ax.axvline(0, color=NEUTRAL, linewidth=0.8)
     ax.set_yticks(range(len(rows)), [row["trait"] for row in rows], fontsize=8)
     ax.set_ylim(len(rows) - 0.4, -0.6)
-    ax.set_xlabel("change of the trait score (orange: validated, ×: random directions, |: system prompt)", fontsize=8)
+    ax.set_xlabel(
+        "change of the trait score (orange: validated, ×: random directions, |: system prompt)", fontsize=8
+    )
     ax.set_title(f"{title}: steering", fontsize=10)
     return png(drawn)

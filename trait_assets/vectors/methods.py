@@ -10,7 +10,7 @@ All arithmetic is float64 (float32 inside the many-subset solvers) and determini
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -246,7 +246,9 @@ def _balanced(y: np.ndarray, members: np.ndarray) -> np.ndarray:
     positive = members & y[:, None]
     negative = members & ~y[:, None]
     half = members.sum(axis=0) / 2
-    return positive * (half / np.maximum(positive.sum(axis=0), 1)) + negative * (half / np.maximum(negative.sum(axis=0), 1))
+    return positive * (half / np.maximum(positive.sum(axis=0), 1)) + negative * (
+        half / np.maximum(negative.sum(axis=0), 1)
+    )
 
 
 def _choose_strengths(
@@ -265,7 +267,9 @@ def _choose_strengths(
     train = subsets[owner].T & ~test
     n_strengths = len(strengths)
     weights = np.repeat(_balanced(y, train), n_strengths, axis=1)
-    w, b = logistic_columns(space.coords, space.eigenvalues, y, weights, np.tile(strengths, test.shape[1]), rough=True)
+    w, b = logistic_columns(
+        space.coords, space.eigenvalues, y, weights, np.tile(strengths, test.shape[1]), rough=True
+    )
     margins = np.where(y, 1.0, -1.0)[:, None] * (space.coords @ w + b)
     loss = -log_expit(margins).reshape(len(y), test.shape[1], n_strengths)
     loss = (loss * _balanced(y, test)[:, :, None]).sum(axis=0)
@@ -395,7 +399,11 @@ def _rank_one(
     pos, neg = positive / tau, negative / tau
     centred_pos, centred_neg = pos - pos.mean(axis=0), neg - neg.mean(axis=0)
     # Hessian ≼ ¼ E (zᵢ − zⱼ)(zᵢ − zⱼ)ᵀ, whose parts are the two class covariances and the outer mean difference
-    top = _largest_eigenvalue(centred_pos) / len(pos) + _largest_eigenvalue(centred_neg) / len(neg) + (length / tau) ** 2
+    top = (
+        _largest_eigenvalue(centred_pos) / len(pos)
+        + _largest_eigenvalue(centred_neg) / len(neg)
+        + (length / tau) ** 2
+    )
     step = 4 / top
     w = at = start / np.linalg.norm(start)
     momentum, kkt, converged, iteration = 1.0, 1.0, False, 0
@@ -465,5 +473,3 @@ def _pairs(task: Task, subset: np.ndarray) -> tuple[np.ndarray, str]:
     left = np.resize(rng.permutation(positive), n)
     right = np.resize(rng.permutation(negative), n)
     return np.column_stack([left, right]), "random"
-
-
