@@ -170,7 +170,9 @@ class LineageIndex:
         except IndexBusy:
             why, remedy = "another process holds it", "the next writer catches up"
         except (self._database_error(), OSError) as error:
-            why, remedy = str(error).splitlines()[0], "rebuild it with `traits rebuild-index`"
+            why = str(error).splitlines()[0]
+            full = "no space left" in why.lower()
+            remedy = "free some space" if full else "rebuild it with `traits rebuild-index`"
         if not self._behind:
             log.warning("the index %s is behind: %s; nothing is lost, %s", self.path, why, remedy)
         self._behind = True
@@ -298,7 +300,8 @@ class LineageIndex:
             self._refresh_current(connection, {(m.experiment, m.stage, m.trait) for m, _ in manifests})
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            with suppress(self._database_error()):  # a failed COMMIT has ended the transaction itself
+                connection.execute("ROLLBACK")
             raise
 
     def _remove(

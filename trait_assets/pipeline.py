@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from storage.errors import ArtifactError, UserError
 from storage.manifest import SCHEMA_VERSION, Manifest, fingerprint
+from trait_assets.index_rows import detail_rows
 
 if TYPE_CHECKING:
     from resources.judges.protocol import CacheFor, Judge, ReferenceLogprob
@@ -305,19 +306,18 @@ def _commit(stage: Stage, ctx: StageContext, plan: Plan, outcome: Outcome) -> Tr
         summary={**outcome.summary, "checks": [check.record() for check in outcome.checks]},
         tables=outcome.tables,
         run_id=ctx.run_id,
-        created_at=datetime.now(UTC).isoformat(timespec="seconds"),
+        created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         libraries=libraries(),
     )
-    ctx.workspace.manifests.commit(manifest)
+    rows = [*outcome.metrics, *detail_rows(stage.name, plan.options, outcome.files)]
+    indexed = ctx.workspace.commit(manifest, rows)
     if outcome.after_commit is not None:
         outcome.after_commit()
-    behind = False
-    indexed = ctx.workspace.metrics.write(
-        experiment, stage.name, plan.trait, outcome.metrics, run_id=ctx.run_id, fingerprint=plan.fingerprint
-    )
-    behind = indexed == "index_behind"
     return TraitResult(
-        plan.trait, "skipped" if plan.skipped is not None else "done", manifest, index_behind=behind
+        plan.trait,
+        "skipped" if plan.skipped is not None else "done",
+        manifest,
+        index_behind=indexed == "index_behind",
     )
 
 

@@ -48,8 +48,8 @@ CREATE TABLE IF NOT EXISTS responses (
 CREATE TABLE IF NOT EXISTS judge_scores (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
-    subject VARCHAR, polarity VARCHAR, scenario_index BIGINT, score DOUBLE, mass DOUBLE, abstained VARCHAR,
-    verdict VARCHAR, judge VARCHAR, judge_fingerprint VARCHAR, stand_in BOOLEAN, extra JSON
+    subject VARCHAR, polarity VARCHAR, scenario_index BIGINT, row_key VARCHAR,
+    score DOUBLE, mass DOUBLE, abstained VARCHAR, verdict VARCHAR, judge VARCHAR, judge_fingerprint VARCHAR, stand_in BOOLEAN, extra JSON
 );
 
 -- One row per captured site.
@@ -65,16 +65,20 @@ CREATE TABLE IF NOT EXISTS vectors (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT, norm DOUBLE, median_norm DOUBLE,
-    baseline DOUBLE, threshold DOUBLE, train_acc DOUBLE, extra JSON
+    norm_over_median_norm DOUBLE, baseline DOUBLE, train_acc DOUBLE, sign BIGINT, mean_positive DOUBLE,
+    mean_negative DOUBLE, extra JSON
 );
 
 -- One row per evaluated vector, on the held-out rows.
 CREATE TABLE IF NOT EXISTS evaluations (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
-    position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT, accuracy DOUBLE, auc DOUBLE,
-    auc_low DOUBLE, auc_high DOUBLE, effect_size DOUBLE, separation DOUBLE, overlap DOUBLE, null_rank DOUBLE,
-    p_value DOUBLE, split_half_cosine DOUBLE, extra JSON
+    position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT, chosen BOOLEAN,
+    train_accuracy DOUBLE, cv_auc DOUBLE, cv_accuracy DOUBLE, split_half_cosine DOUBLE,
+    val_accuracy DOUBLE, val_accuracy_low DOUBLE, val_accuracy_high DOUBLE,
+    val_auc DOUBLE, val_auc_low DOUBLE, val_auc_high DOUBLE, effect_size_d DOUBLE, separation DOUBLE,
+    overlap DOUBLE, permutation_p DOUBLE, null_percentile DOUBLE, raw_norm DOUBLE, median_norm DOUBLE,
+    raw_norm_over_median_norm DOUBLE, energy_top3 DOUBLE, threshold DOUBLE, extra JSON
 );
 
 -- One row per steered setting. kind: baseline, vector, random, prompting, combination; half: search, report.
@@ -83,7 +87,8 @@ CREATE TABLE IF NOT EXISTS steering_runs (
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
     dose DOUBLE, coefficient DOUBLE, n BIGINT, trait_mean DOUBLE, coherence_mean DOUBLE, change DOUBLE,
-    change_low DOUBLE, change_high DOUBLE, wrong_way DOUBLE, best BOOLEAN, validated BOOLEAN, extra JSON
+    change_low DOUBLE, change_high DOUBLE, wrong_way_fraction DOUBLE, success_rate DOUBLE, distinct_3 DOUBLE,
+    abstentions BIGINT, chosen BOOLEAN, validated BOOLEAN, extra JSON
 );
 
 -- One row per steered answer with its scores; a score is NULL where the judge abstained.
@@ -92,7 +97,8 @@ CREATE TABLE IF NOT EXISTS generations (
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
     dose DOUBLE, coefficient DOUBLE, question_index BIGINT, question VARCHAR, response VARCHAR,
-    trait_score DOUBLE, coherence_score DOUBLE, abstained VARCHAR, finish_reason VARCHAR, extra JSON
+    trait_score DOUBLE, coherence_score DOUBLE, trait_reason VARCHAR, coherence_reason VARCHAR,
+    distinct_3 DOUBLE, finish_reason VARCHAR, extra JSON
 );
 
 -- Numbers by name; also every metric row whose `table` is missing or unknown.

@@ -14,7 +14,7 @@ from storage.errors import UserError
 from storage.rows import RowCache, TensorJournal
 from storage.workspace import Workspace
 
-SIZE = 2 * 1024 * 1024
+SIZE = 24 * 1024 * 1024
 
 
 @pytest.fixture

@@ -48,8 +48,8 @@ def test_rows_land_in_their_tables(any_workspace: Workspace) -> None:
     rows = [
         {"name": "n_kept", "value": 12},
         {"name": "auc", "value": 0.75, "layer": 17, "method": "probe", "odd": {"a": [1]}},
-        {"table": "evaluations", "layer": 3, "method": "probe", "auc": 1, "unknown_yet": True},
-        {"table": "evaluations", "layer": 4, "method": "probe", "auc": None},
+        {"table": "evaluations", "layer": 3, "method": "probe", "val_auc": 1, "unknown_yet": True},
+        {"table": "evaluations", "layer": 4, "method": "probe", "val_auc": None},
         {"table": "no_such_table", "name": "x", "value": 1.5},
     ]
     assert w.metrics.write("demo", "vectors", "tonal/dry", rows, "run-1", "f1") == "indexed"
@@ -61,7 +61,7 @@ def test_rows_land_in_their_tables(any_workspace: Workspace) -> None:
         ("n_kept", 12.0, None, None, "{}", "tonal/dry", "run-1", "f1"),
         ("x", 1.5, None, None, "{}", "tonal/dry", "run-1", "f1"),
     ]
-    evaluations = w.index.sql("SELECT layer, auc, extra->>'$.unknown_yet' FROM evaluations ORDER BY layer")
+    evaluations = w.index.sql("SELECT layer, val_auc, extra->>'$.unknown_yet' FROM evaluations ORDER BY layer")
     assert evaluations.rows == [(3, 1.0, "true"), (4, None, None)]
 
 
