@@ -1,8 +1,8 @@
 """Models that install as packages, for the demo, the tests and whoever is offline.
 
 `embedded:<name>` names one of them. A packaged GGUF file is converted once to safetensors under the cache
-folder (environment variable TRAITS_CACHE, by default ~/.cache/trait-assets), because reading GGUF takes 20 seconds
-and safetensors a tenth of one. Loading the result belongs to `loading`, hashing it to `identity`.
+folder (environment variable TRAITS_CACHE, by default ~/.cache/trait-assets): reading GGUF takes 20 seconds,
+safetensors a tenth of one. Loading the result belongs to `loading`, hashing it to `identity`.
 """
 
 from __future__ import annotations

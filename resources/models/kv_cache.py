@@ -115,7 +115,7 @@ def trim(cache: DynamicCache, columns: int) -> None:
         if isinstance(layer, DynamicSlidingWindowLayer):
             layer.cumulative_length -= columns
             kept = min(layer.cumulative_length, layer.sliding_window - 1)
-            start = layer.keys.shape[-2] - kept
+            start = int(layer.keys.shape[-2]) - kept
         else:
             start = columns
         _hold(layer, layer.keys[..., start:, :], layer.values[..., start:, :])
@@ -128,7 +128,7 @@ def _hold(layer: Any, keys: torch.Tensor, values: torch.Tensor) -> None:
         layer.keys, layer.values = keys, values
 
 
-def _pad_left(states: torch.Tensor, width: int) -> torch.Tensor:
+def _pad_left(states: Any, width: int) -> torch.Tensor:
     missing = width - states.shape[-2]
     if missing == 0:
         return states

@@ -37,7 +37,7 @@ class LanguageModel:
     """A causal language model with its tokenizer.
 
     `identity.dtype` is the dtype it was asked for; `dtype` and `devices` say what it runs in. `model` is what
-    transformers or PEFT loaded; nothing here changes its weights.
+    transformers or PEFT loaded, `causal` the transformers model inside; nothing here changes its weights.
     """
 
     def __init__(
@@ -48,6 +48,7 @@ class LanguageModel:
         self.identity = identity
         self.model.eval()
         bare = bare_model(model)
+        self.causal = bare
         config = text_config(bare)
         self.prompts = PromptEncoder(tokenizer)
         self.anatomy: Anatomy = dissect(model)
@@ -239,7 +240,7 @@ def _check_options(options: GenerationOptions) -> None:
             raise UserError(
                 f"{getattr(options, name)} is out of range",
                 where=name,
-                remedy="max_new_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0, repetition_penalty > 0.",
+                remedy="Allowed: max_new_tokens ≥ 1, temperature ≥ 0, 0 < top_p ≤ 1, top_k ≥ 0, penalty > 0.",
             )
 
 

@@ -22,6 +22,7 @@ from resources.models.embedded import PREFIX, converted_folder
 from resources.models.identity import identify, local_path
 from resources.models.language_model import LanguageModel
 from resources.models.rows import ModelIdentity, ModelSpec
+from resources.models.selfcheck import ensure_checked
 from storage.errors import UserError
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -37,7 +38,8 @@ def load(
 ) -> LanguageModel:
     """Load what the spec names, at the very revision its identity names.
 
-    Raises UserError for what cannot be found or combined.
+    Raises UserError for what cannot be found or combined, and SelfCheckError where the model does not behave
+    as everything downstream relies on.
     """
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging as transformers_logging
@@ -75,7 +77,9 @@ def load(
             transformers_logging.enable_progress_bar()
     if not placement and not quantization:
         model.to(device)  # type: ignore[arg-type]
-    return LanguageModel(model, tokenizer, identity, max_batch_rows=max_batch_rows)
+    loaded = LanguageModel(model, tokenizer, identity, max_batch_rows=max_batch_rows)
+    ensure_checked(loaded)
+    return loaded
 
 
 def resolve_device(device: str) -> torch.device:
