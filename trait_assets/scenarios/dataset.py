@@ -642,7 +642,7 @@ def load_trait(root: Path, trait: str, *, require_steering: bool) -> ScenarioSet
     check_trait(trait)
     folder = Path(root) / trait
     if not folder.is_dir():
-        raise _unknown(Path(root), trait)
+        raise unknown_trait(Path(root), trait)
     read = read_folder(folder, trait)
     errors = [f for f in in_order(read.findings) if f.severity == "error"]
     if errors:
@@ -667,7 +667,7 @@ def load_trait(root: Path, trait: str, *, require_steering: bool) -> ScenarioSet
     )
 
 
-def _unknown(root: Path, trait: str) -> UserError:
+def unknown_trait(root: Path, trait: str) -> UserError:
     known = discover(root).traits
     close = difflib.get_close_matches(trait, known, n=1, cutoff=0.5)
     if not close:
@@ -705,7 +705,7 @@ def trait_hash(root: Path, trait: str) -> str:
         digest.update(f"{name}\0{len(data)}\0".encode())
         digest.update(data)
     if not found:
-        raise _unknown(Path(root), trait)
+        raise unknown_trait(Path(root), trait)
     return digest.hexdigest()[:32]
 
 
