@@ -133,6 +133,20 @@ class LineageIndex:
             finally:
                 connection.close()
 
+    @contextmanager
+    def writing(self) -> Iterator[duckdb.DuckDBPyConnection]:
+        """One transaction on an up-to-date schema. IndexBusy when another process holds the file."""
+        with self.connect() as connection:
+            self._prepare(connection)
+            connection.execute("BEGIN")
+            try:
+                yield connection
+                connection.execute("COMMIT")
+            except BaseException:
+                with suppress(self._database_error()):
+                    connection.execute("ROLLBACK")
+                raise
+
     # Taking files in
 
     def announce(self, sources: Sequence[str]) -> Path | None:

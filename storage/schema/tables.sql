@@ -41,7 +41,8 @@ CREATE TABLE IF NOT EXISTS responses (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     polarity VARCHAR, scenario_index BIGINT, line BIGINT, pair BIGINT, row_key VARCHAR, question VARCHAR,
-    system_prompt VARCHAR, answer VARCHAR, prompt_tokens BIGINT, response_tokens BIGINT, finish_reason VARCHAR, extra JSON
+    system_prompt VARCHAR, answer VARCHAR, prompt_tokens BIGINT, response_tokens BIGINT,
+    finish_reason VARCHAR, extra JSON
 );
 
 -- One row per judgement. subject: scenarios, responses. score is NULL where the judge abstained.
@@ -49,7 +50,8 @@ CREATE TABLE IF NOT EXISTS judge_scores (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     subject VARCHAR, polarity VARCHAR, scenario_index BIGINT, row_key VARCHAR,
-    score DOUBLE, mass DOUBLE, abstained VARCHAR, verdict VARCHAR, judge VARCHAR, judge_fingerprint VARCHAR, stand_in BOOLEAN, extra JSON
+    score DOUBLE, mass DOUBLE, abstained VARCHAR, verdict VARCHAR,
+    judge VARCHAR, judge_fingerprint VARCHAR, stand_in BOOLEAN, extra JSON
 );
 
 -- One row per captured site.
@@ -81,14 +83,15 @@ CREATE TABLE IF NOT EXISTS evaluations (
     raw_norm_over_median_norm DOUBLE, energy_top3 DOUBLE, threshold DOUBLE, extra JSON
 );
 
--- One row per steered setting. kind: baseline, vector, random, prompting, combination; half: search, report.
+-- One row per steered setting and half (search, report). kind: baseline, vector, random, prompting, combination;
+-- best: the setting that is published, on the report half.
 CREATE TABLE IF NOT EXISTS steering_runs (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
     dose DOUBLE, coefficient DOUBLE, n BIGINT, trait_mean DOUBLE, coherence_mean DOUBLE, change DOUBLE,
-    change_low DOUBLE, change_high DOUBLE, wrong_way_fraction DOUBLE, success_rate DOUBLE, distinct_3 DOUBLE,
-    abstentions BIGINT, chosen BOOLEAN, validated BOOLEAN, extra JSON
+    change_low DOUBLE, change_high DOUBLE, wrong_way DOUBLE, success_rate DOUBLE, distinct_3 DOUBLE,
+    abstentions BIGINT, best BOOLEAN, validated BOOLEAN, extra JSON
 );
 
 -- One row per steered answer with its scores; a score is NULL where the judge abstained.
@@ -97,8 +100,8 @@ CREATE TABLE IF NOT EXISTS generations (
     run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
     kind VARCHAR, name VARCHAR, half VARCHAR, position VARCHAR, component VARCHAR, method VARCHAR, layer BIGINT,
     dose DOUBLE, coefficient DOUBLE, question_index BIGINT, question VARCHAR, response VARCHAR,
-    trait_score DOUBLE, coherence_score DOUBLE, trait_reason VARCHAR, coherence_reason VARCHAR,
-    distinct_3 DOUBLE, finish_reason VARCHAR, extra JSON
+    trait_score DOUBLE, coherence_score DOUBLE, abstained VARCHAR, distinct_3 DOUBLE,
+    finish_reason VARCHAR, tokens BIGINT, extra JSON
 );
 
 -- Numbers by name; also every metric row whose `table` is missing or unknown.

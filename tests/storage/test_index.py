@@ -61,7 +61,9 @@ def test_rows_land_in_their_tables(any_workspace: Workspace) -> None:
         ("n_kept", 12.0, None, None, "{}", "tonal/dry", "run-1", "f1"),
         ("x", 1.5, None, None, "{}", "tonal/dry", "run-1", "f1"),
     ]
-    evaluations = w.index.sql("SELECT layer, val_auc, extra->>'$.unknown_yet' FROM evaluations ORDER BY layer")
+    evaluations = w.index.sql(
+        "SELECT layer, val_auc, extra->>'$.unknown_yet' FROM evaluations ORDER BY layer"
+    )
     assert evaluations.rows == [(3, 1.0, "true"), (4, None, None)]
 
 
