@@ -1,11 +1,13 @@
 """Which rows are held out: by group of near-duplicate scenarios, stratified by polarity, seeded.
 
-Here belong the grouping of scenarios, the train / held-out split and the group-aware folds that cross-validation uses.
-Capturing activations does not, and neither does any statistic. Needs no model: near-duplicates are found by shingles.
+Here belong the grouping of scenarios, the train / held-out split and the group-aware folds that
+cross-validation uses. Capturing activations does not, and neither does any statistic. Needs no model:
+near-duplicates are found by shingles.
 
-Why groups: authors write scenarios by theme, in pairs and in variations ("20 questions × 5 system prompts"). A row whose
-sibling was trained on is not held out, so a group is never divided. Why hashes instead of a shuffled list: the place of a
-group in the seeded order depends on its own text alone, so adding a line moves few of the others.
+Why groups: authors write scenarios by theme, in pairs and in variations ("20 questions × 5 system prompts").
+A row whose sibling was trained on is not held out, so a group is never divided. Why hashes instead of a
+shuffled list: the place of a group in the seeded order depends on its own text alone, so adding a line moves
+few of the others.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ MIN_VAL = 2
 
 @dataclass(frozen=True)
 class RowInfo:
-    """One row to be split. `polarity`: positive or negative; `index`: scenario index; `pair`: rows of one pair share it."""
+    """One row to be split. `polarity`: positive or negative; `index`: scenario index; `pair`: rows of one
+    pair share it.
+    """
 
     key: str
     polarity: str
@@ -45,7 +49,9 @@ class RowInfo:
 
 @dataclass(frozen=True)
 class Split:
-    """`train` and `val` are row keys, positives first, in the order given; `excluded` maps a key to its reason."""
+    """`train` and `val` are row keys, positives first, in the order given; `excluded` maps a key to its
+    reason.
+    """
 
     train: list[str]
     val: list[str]
@@ -57,9 +63,9 @@ class Split:
 def split_rows(rows: Sequence[RowInfo], *, val_split: float, seed: int) -> Split:
     """Hold out about `val_split` of each side, by whole groups.
 
-    A scenario (text and system prompt) that stands on both sides carries no label and is excluded from both. Errors:
-    UserError if a side is empty or too small to train on, or if val_split leaves too little to train on. A held-out set
-    that cannot be formed (too few rows or groups) is left empty and `notes` says why.
+    A scenario (text and system prompt) that stands on both sides carries no label and is excluded from both.
+    Errors: UserError if a side is empty or too small to train on, or if val_split leaves too little to train
+    on. A held-out set that cannot be formed (too few rows or groups) is left empty and `notes` says why.
     """
     if not 0 <= val_split < 1:
         raise UserError(
@@ -77,7 +83,8 @@ def split_rows(rows: Sequence[RowInfo], *, val_split: float, seed: int) -> Split
     group_of, threshold = group_rows(kept)
     if threshold > SIMILARITY:
         notes.append(
-            f"scenarios are much alike: near-duplicates were grouped at similarity {threshold:g} instead of {SIMILARITY:g}"
+            f"scenarios are much alike: near-duplicates were grouped at similarity {threshold:g} "
+            f"instead of {SIMILARITY:g}"
         )
     kept = sorted(kept, key=lambda row: row.polarity != "positive")
     val = _choose_val(kept, group_of, val_split, seed, notes)
@@ -93,9 +100,10 @@ def split_rows(rows: Sequence[RowInfo], *, val_split: float, seed: int) -> Split
 def group_rows(rows: Sequence[RowInfo]) -> tuple[dict[str, int], float]:
     """Group id per row key, and the similarity threshold that was used.
 
-    Rows share a group when they share a pair, a text, or texts whose idf-weighted Jaccard similarity over character
-    4-shingles reaches the threshold (transitively). The idf weights keep a common opening ("My friend asked me …") from
-    making all scenarios alike. When one cluster would hold more than a quarter of the rows, the threshold is raised.
+    Rows share a group when they share a pair, a text, or texts whose idf-weighted Jaccard similarity over
+    character 4-shingles reaches the threshold (transitively). The idf weights keep a common opening ("My
+    friend asked me …") from making all scenarios alike. When one cluster would hold more than a quarter of
+    the rows, the threshold is raised.
     """
     texts = [normalise(row.text) for row in rows]
     unique = sorted(set(texts))
@@ -129,8 +137,8 @@ def group_rows(rows: Sequence[RowInfo]) -> tuple[dict[str, int], float]:
 def group_folds(groups: np.ndarray, y: np.ndarray, k: int, seed: int) -> np.ndarray:
     """Fold id per row, [n] int: no group in two folds, both sides spread evenly.
 
-    `groups` [n] int, `y` [n] bool. The number of folds falls below k when there are fewer groups on a side; with fewer
-    than two groups on either side no cross-validation is possible and every row gets fold -1.
+    `groups` [n] int, `y` [n] bool. The number of folds falls below k when there are fewer groups on a side;
+    with fewer than two groups on either side no cross-validation is possible and every row gets fold -1.
     """
     ids, inverse = np.unique(groups, return_inverse=True)
     counts = np.zeros((len(ids), 2))
@@ -189,7 +197,7 @@ def _check_sides(rows: Sequence[RowInfo]) -> None:
     n_neg = len(rows) - n_pos
     if min(n_pos, n_neg) < MIN_TRAIN:
         raise UserError(
-            f"{n_pos} positive and {n_neg} negative rows are left; a direction needs at least {MIN_TRAIN} of each",
+            f"{n_pos} positive and {n_neg} negative rows are left; a direction needs {MIN_TRAIN} of each",
             where="activations",
             remedy="add scenarios, lower the vetting thresholds, or switch the vetting filter off",
         )
@@ -209,14 +217,15 @@ def _choose_val(
     wanted = np.where((wanted < MIN_VAL) & (total >= 3 * MIN_VAL), MIN_VAL, wanted)
     if (total - wanted < MIN_TRAIN).any():
         raise UserError(
-            f"holding out {val_split:g} of {total[0]} positive and {total[1]} negative rows leaves fewer than "
-            f"{MIN_TRAIN} per side to train on",
+            f"holding out {val_split:g} of {total[0]} positive and {total[1]} negative rows leaves "
+            f"fewer than {MIN_TRAIN} per side to train on",
             where="option `val_split`",
             remedy="lower val_split, or add scenarios",
         )
     if (wanted < MIN_VAL).any():
         notes.append(
-            f"{total[0]} positive and {total[1]} negative rows are too few to hold any out: no held-out numbers"
+            f"{total[0]} positive and {total[1]} negative rows are too few to hold any out: "
+            "no held-out numbers"
         )
         return set()
     order = sorted(members, key=lambda group: _seeded_rank(members[group], seed))
@@ -228,7 +237,8 @@ def _choose_val(
             chosen.add(group)
             have = have + size
     for group in order:
-        # what is still missing is taken from the group that overshoots least, if that brings the counts nearer
+        # what is still missing is taken from the group that overshoots least, if that brings the counts
+        # nearer
         size = _count(members[group])
         nearer = np.abs(wanted - have - size).sum() < np.abs(wanted - have).sum()
         leaves_enough = (total - have - size >= MIN_TRAIN).all()
@@ -237,8 +247,8 @@ def _choose_val(
             have = have + size
     if (have < MIN_VAL).any():
         notes.append(
-            f"the {len(members)} groups of near-duplicate scenarios cannot be divided so that both sides have held-out "
-            "rows: no held-out numbers"
+            f"the {len(members)} groups of near-duplicate scenarios cannot be divided so that both sides "
+            "have held-out rows: no held-out numbers"
         )
         return set()
     if have.min() < 10:

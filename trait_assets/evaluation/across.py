@@ -25,7 +25,9 @@ Matrix = list[list[float | None]]
 
 
 def best_vector(workspace: Workspace, experiment: str, trait: str) -> TraitVector:
-    """The vector that cross-validation chose; UserError where the trait is not evaluated or nothing could be chosen."""
+    """The vector that cross-validation chose; UserError where the trait is not evaluated or nothing could be
+    chosen.
+    """
     key = keys.extraction(experiment, trait, "evaluation", "evaluation.json")
     if not workspace.store.exists(key):
         raise UserError(
@@ -59,8 +61,9 @@ def cosine_matrix(vectors: Sequence[TraitVector]) -> Matrix:
 def cross_auc_matrix(workspace: Workspace, experiment: str, vectors: Sequence[TraitVector]) -> Matrix:
     """[i][j]: AUC of the vector of trait i on the rows of trait j; 0.5 is "does not tell them apart".
 
-    Off the diagonal all rows of j serve, since vector i saw none of them; on the diagonal only held-out rows. None where j
-    was not captured at the vector's position, component or layer, or has no held-out rows (diagonal).
+    Off the diagonal all rows of j serve, since vector i saw none of them; on the diagonal only held-out rows.
+    None where j was not captured at the vector's position, component or layer, or has no held-out rows
+    (diagonal).
     """
     matrix: Matrix = [[None] * len(vectors) for _ in vectors]
     for j, target in enumerate(vectors):
@@ -114,10 +117,11 @@ def evaluate_on(
 ) -> dict[str, Any]:
     """Transfer: the vector of `trait` (default the one chosen for it) on the scenarios of `on_trait`.
 
-    `on_experiment` takes the other rows from another experiment: the way to try one vector on another scenario set, another
-    position's worth of responses, or another model of the same width. All rows serve, except that a trait on itself in its
-    own experiment uses held-out rows only. Threshold and sign stay those of the vector's own train rows, so `accuracy`
-    shows a shifted threshold where `auc` does not. Errors: UserError for missing activations, layers or another width.
+    `on_experiment` takes the other rows from another experiment: the way to try one vector on another
+    scenario set, another position's worth of responses, or another model of the same width. All rows serve,
+    except that a trait on itself in its own experiment uses held-out rows only. Threshold and sign stay those
+    of the vector's own train rows, so `accuracy` shows a shifted threshold where `auc` does not. Errors:
+    UserError for missing activations, layers or another width.
     """
     vector = vector or best_vector(workspace, experiment, trait)
     source = on_experiment or experiment

@@ -1,4 +1,5 @@
-"""Scores from train rows alone: cross-validation by group, and split-half stability. Layers and methods are chosen by these.
+"""Scores from train rows alone: cross-validation by group, and split-half stability. Layers and methods are
+chosen by these.
 
 Held-out rows are never seen here; that is the point. All folds and halves of a method are fitted in one call.
 """
@@ -25,8 +26,8 @@ class TrainScores:
     """Per layer, [L] each; NaN where it cannot be computed. `note` says why.
 
     `cv_auc`: mean AUC within the left-out folds; `cv_accuracy`: balanced, at each fold's own train threshold;
-    `cv_effect_size`: signed d within the left-out folds; `split_half_cosine`: mean cosine between the directions of two
-    disjoint halves.
+    `cv_effect_size`: signed d within the left-out folds; `split_half_cosine`: mean cosine between the
+    directions of two disjoint halves.
     """
 
     cv_auc: np.ndarray
@@ -116,9 +117,9 @@ def _fold_scores(p: np.ndarray, y: np.ndarray, train: np.ndarray, left_out: list
 def choose(rows: list[dict[str, object]], n_pos: int, n_neg: int) -> int | None:
     """Index of the best row by train scores alone; None where none can be scored.
 
-    Rows within one standard error (Hanley–McNeil at `n_pos`, `n_neg` train rows) of the highest `cv_auc` count as equal:
-    on well-separated traits most layers reach 1. Among them the largest `cv_effect_size` wins, which does not saturate.
-    Rows with `oriented` false (random directions) cannot be chosen.
+    Rows within one standard error (Hanley–McNeil at `n_pos`, `n_neg` train rows) of the highest `cv_auc`
+    count as equal: on well-separated traits most layers reach 1. Among them the largest `cv_effect_size`
+    wins, which does not saturate. Rows with `oriented` false (random directions) cannot be chosen.
     """
     scored = [
         (i, float(row["cv_auc"]), _number(row.get("cv_effect_size")))  # type: ignore[arg-type]

@@ -42,7 +42,7 @@ _SUMMARY_FROM_BEST = {
 
 
 class VectorEvaluationStage:
-    """`evaluation/evaluation.json`: a row per layer × method × position × component, the chosen one, cosines."""
+    """`evaluation/evaluation.json`: rows per layer × method × position × component, the chosen one, cosines."""
 
     name = "vector_evaluation"
     code_version = "1"
@@ -129,7 +129,9 @@ class VectorEvaluationStage:
             "trait": trait,
             "experiment": experiment,
             "options": plan.options,
-            "chosen_by": "cross-validation on train rows: highest cv_auc, within one standard error the largest cv d",
+            "chosen_by": (
+                "cross-validation on train rows: highest cv_auc; within one standard error of it, largest cv d"
+            ),
             "counts": [{"position": p, "component": c, **n} for (p, c), n in counts.items()],
             "contrast": contrast,
             "val_note": val_note,
@@ -151,7 +153,9 @@ class VectorEvaluationStage:
     def _around_best(
         self, ctx: StageContext, trait: str, best: dict[str, Any], methods: Sequence[str]
     ) -> dict[str, Any]:
-        """Cosines across methods at the chosen layer and across layers of the chosen method; projections of all rows."""
+        """Cosines across methods at the chosen layer and across layers of the chosen method; projections of
+        all rows.
+        """
         import numpy as np
 
         from trait_assets.activations.dataset import has_part, load_activations
@@ -315,7 +319,8 @@ def _checks(best: dict[str, Any] | None, contrast: float | None, val_note: str |
             Check(
                 "held_out_accuracy",
                 best["val_accuracy"] >= GOOD_ACCURACY,
-                f"{best['val_accuracy']:.0%} [{best['val_accuracy_low']:.0%}, {best['val_accuracy_high']:.0%}] on "
+                f"{best['val_accuracy']:.0%} "
+                f"[{best['val_accuracy_low']:.0%}, {best['val_accuracy_high']:.0%}] on "
                 f"held-out rows, good from {GOOD_ACCURACY:.0%}",
                 values={"low": best["val_accuracy_low"], "high": best["val_accuracy_high"]},
             ),
@@ -329,7 +334,7 @@ def _checks(best: dict[str, Any] | None, contrast: float | None, val_note: str |
             Check(
                 "better_than_random_directions",
                 best["null_percentile"] >= 95,
-                f"AUC {best['val_auc']:.2f} is at the {best['null_percentile']:.0f}th percentile of random directions",
+                f"AUC {best['val_auc']:.2f}: above {best['null_percentile']:.0f} % of random directions",
             ),
         ]
     if best["permutation_p"] is not None:
@@ -366,9 +371,11 @@ def _pictures(trait: str, report: dict[str, Any]) -> dict[str, bytes]:
 
 
 class ExtractionEvaluationStage:
-    """`extraction/extraction_evaluation.json`: all evaluated traits of the experiment, side by side and against each other.
+    """`extraction/extraction_evaluation.json`: all evaluated traits of the experiment, side by side and
+    against each other.
 
-    Its `plan` takes trait None. It is made anew whenever any trait's evaluation changed, so a new trait always joins.
+    Its `plan` takes trait None. It is made anew whenever any trait's evaluation changed, so a new trait
+    always joins.
     """
 
     name = "extraction_evaluation"

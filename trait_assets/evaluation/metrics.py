@@ -1,8 +1,9 @@
-"""What a direction separates: accuracy, AUC, effect size, overlap, and their intervals. Numbers in, numbers out.
+"""What a direction separates: accuracy, AUC, effect size, overlap, and their intervals. Numbers in, numbers
+out.
 
-Every function takes projections of labelled rows on c directions at once, `p` [n, c], and returns [c]. Thresholds and signs
-come from train rows and are passed in; nothing here chooses anything. What is undefined (an effect size of one row) is NaN
-here and becomes null in every stored file.
+Every function takes projections of labelled rows on c directions at once, `p` [n, c], and returns [c].
+Thresholds and signs come from train rows and are passed in; nothing here chooses anything. What is undefined
+(an effect size of one row) is NaN here and becomes null in every stored file.
 """
 
 from __future__ import annotations
@@ -11,8 +12,8 @@ import numpy as np
 from scipy.special import expit, logit
 from scipy.stats import norm, t
 
-# Least standard error of an AUC, as a share of the Hanley–McNeil error at that AUC: when every draw of a bootstrap is
-# perfectly separated its spread is 0, and 0 is not the truth.
+# Least standard error of an AUC, as a share of the Hanley–McNeil error at that AUC: when every draw of a
+# bootstrap is perfectly separated its spread is 0, and 0 is not the truth.
 _ERROR_FLOOR = 0.7
 
 
@@ -55,8 +56,8 @@ def separation(p: np.ndarray, y: np.ndarray) -> np.ndarray:
 def overlap(p: np.ndarray, y: np.ndarray, points: int = 400) -> np.ndarray:
     """∫ min(f₊, f₋), [c]: the overlapping coefficient of the two class densities, 0 (apart) to 1 (the same).
 
-    Densities are Gaussian kernel estimates with Silverman's bandwidth (0.9 min(s, IQR/1.34) n^-1/5); the integral is taken
-    numerically over the joint range. NaN with fewer than two rows on a side.
+    Densities are Gaussian kernel estimates with Silverman's bandwidth (0.9 min(s, IQR/1.34) n^-1/5); the
+    integral is taken numerically over the joint range. NaN with fewer than two rows on a side.
     """
     pos, neg = p[y], p[~y]
     result = np.full(p.shape[1], np.nan)
@@ -103,8 +104,8 @@ def accuracy_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the balanced accuracy, ([c], [c]).
 
-    Wilson's interval per side, combined by Newcombe's square-and-add rule (Statistics in Medicine 1998). Near-duplicates
-    are not independent, so a group counts once per side: n is the number of groups there.
+    Wilson's interval per side, combined by Newcombe's square-and-add rule (Statistics in Medicine 1998).
+    Near-duplicates are not independent, so a group counts once per side: n is the number of groups there.
     """
     correct = np.where(y[:, None], p > threshold, p <= threshold).astype(float)
     low, high = np.empty(p.shape[1]), np.empty(p.shape[1])
@@ -127,8 +128,8 @@ def accuracy_interval(
 def group_draws(groups: np.ndarray, y: np.ndarray, draws: int, seed: int) -> np.ndarray:
     """How often each row occurs in each bootstrap draw, [draws, n].
 
-    Whole groups are drawn with replacement, within strata of what a group holds (positives, negatives, both), so no draw
-    loses a side.
+    Whole groups are drawn with replacement, within strata of what a group holds (positives, negatives, both),
+    so no draw loses a side.
     """
     ids, inverse = np.unique(groups, return_inverse=True)
     has = np.zeros((len(ids), 2), dtype=bool)
@@ -149,9 +150,10 @@ def auc_interval(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Interval of the AUC, ([c], [c]), from `draws` of `group_draws`.
 
-    The standard error is that of the group bootstrap (times √(G/(G−1)) for G groups on the smaller side, and never below
-    0.7 of Hanley & McNeil's 1982 error); the interval is t on the logit scale. A percentile interval covers too little
-    where it matters: over 600 draws at 40 rows per side, 90 % at an AUC of 0.90 and 87 % at 0.97, against 95 and 96 %.
+    The standard error is that of the group bootstrap (times √(G/(G−1)) for G groups on the smaller side, and
+    never below 0.7 of Hanley & McNeil's 1982 error); the interval is t on the logit scale. A percentile
+    interval covers too little where it matters: over 600 draws at 40 rows per side, 90 % at an AUC of 0.90
+    and 87 % at 0.97, against 95 and 96 %.
     """
     above = _comparisons(p, y)
     n_pos, n_neg, c = above.shape
@@ -186,7 +188,9 @@ def auc_error(a: float, n_pos: int, n_neg: int) -> float:
 
 
 def energy_in_top(directions: np.ndarray, top: int = 3) -> np.ndarray:
-    """Share of ‖v‖² in the `top` largest dimensions, [c], of `directions` [c, d]: near 1 is a massive dimension."""
+    """Share of ‖v‖² in the `top` largest dimensions, [c], of `directions` [c, d]: near 1 is a massive
+    dimension.
+    """
     squares = directions.astype(np.float64) ** 2
     largest = np.sort(squares, axis=1)[:, -top:].sum(axis=1)
     return largest / np.maximum(squares.sum(axis=1), 1e-300)

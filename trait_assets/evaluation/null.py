@@ -8,12 +8,14 @@ from trait_assets.evaluation.metrics import auc
 
 
 def permutation_p(p: np.ndarray, y: np.ndarray, groups: np.ndarray, draws: int, seed: int) -> np.ndarray:
-    """p-value of the held-out separation under shuffled labels, [c], for projections `p` [n, c]; NaN for 0 draws.
+    """p-value of the held-out separation under shuffled labels, [c], for projections `p` [n, c]; NaN for 0
+    draws.
 
-    The direction is fixed (train rows made it); under the null the labels of the held-out rows are exchangeable. Labels
-    are shuffled over blocks, a block being the rows of one group on one side, so that near-duplicates move together.
-    Statistic: AUC, ties resolved by the difference of means. p = (1 + draws at or above the observed) / (1 + draws), an
-    exact test (Phipson & Smyth 2010): it never is 0, and with few blocks it cannot be small.
+    The direction is fixed (train rows made it); under the null the labels of the held-out rows are
+    exchangeable. Labels are shuffled over blocks, a block being the rows of one group on one side, so that
+    near-duplicates move together. Statistic: AUC, ties resolved by the difference of means. p = (1 + draws at
+    or above the observed) / (1 + draws), an exact test (Phipson & Smyth 2010): it never is 0, and with few
+    blocks it cannot be small.
     """
     if draws == 0:
         return np.full(p.shape[1], np.nan)
@@ -23,7 +25,8 @@ def permutation_p(p: np.ndarray, y: np.ndarray, groups: np.ndarray, draws: int, 
     label[block] = y
     rng = np.random.default_rng([seed, 86028121])
     shuffled = np.array([rng.permutation(label)[block] for _ in range(draws)])
-    # a shuffle of unequal blocks may in principle move all rows to one side only if there were no blocks of the other
+    # a shuffle of unequal blocks may in principle move all rows to one side only if there were no blocks of
+    # the other
     labels = np.concatenate([y[None], shuffled]).astype(np.float64)
     n_pos = labels.sum(axis=1, keepdims=True)
     n_neg = len(y) - n_pos
@@ -48,8 +51,9 @@ def random_null(
 ) -> dict[str, np.ndarray]:
     """Held-out results of m random directions, from their projections `train` [n, m] and `held` [k, m].
 
-    Each gets its threshold from train like any vector. `accuracy` [m] is that of the direction as drawn ("about 50 %" only
-    on average); `auc` [m] is after train fixed the sign, which is the fair comparison for a vector whose sign train fixed.
+    Each gets its threshold from train like any vector. `accuracy` [m] is that of the direction as drawn
+    ("about 50 %" only on average); `auc` [m] is after train fixed the sign, which is the fair comparison for
+    a vector whose sign train fixed.
     """
     pos, neg = train[train_y].mean(axis=0), train[~train_y].mean(axis=0)
     threshold = (pos + neg) / 2

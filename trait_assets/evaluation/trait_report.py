@@ -1,7 +1,8 @@
-"""The evaluation of one trait's vectors: one row per layer × method × position × component, and the row that train chooses.
+"""The evaluation of one trait's vectors: one row per layer × method × position × component, and the row that
+train chooses.
 
-Arrays and vectors in, plain rows out. What the numbers mean is in `metrics`, `null` and `crossval`; where they are kept is
-`evaluation`'s business.
+Arrays and vectors in, plain rows out. What the numbers mean is in `metrics`, `null` and `crossval`; where
+they are kept is `evaluation`'s business.
 """
 
 from __future__ import annotations

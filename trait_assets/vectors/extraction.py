@@ -55,7 +55,7 @@ class VectorsStage:
                 ctx.workspace, ctx.experiment.name, trait, position, component, "train"
             )
             source = activations.metadata
-            metadata = {
+            metadata: dict[str, Any] = {
                 key: source.get(key)
                 for key in ("model", "dtype", "hook_site", "layer_convention")
                 if key in source

@@ -1,4 +1,5 @@
-"""From labelled train rows to finished vectors: unit directions with norm, threshold, sign and train accuracy.
+"""From labelled train rows to finished vectors: unit directions with norm, threshold, sign and train
+accuracy.
 
 The methods themselves are in `methods`; where rows come from and where vectors go is `extraction`'s business.
 """
@@ -63,7 +64,7 @@ def check_rows(activations: ActivationSet) -> None:
         raise UserError(
             f"activations are not finite at layers {bad} (first in row {activations.keys[row]})",
             where=where,
-            remedy="load the model as bfloat16 or float32 (some models overflow in float16), or leave these layers out",
+            remedy="load the model as bfloat16 or float32 (some overflow in float16), or leave these layers out",
         )
 
 
@@ -82,8 +83,8 @@ def fit_vectors(
 ) -> dict[str, VectorFile]:
     """Fit every method on all train rows and all layers.
 
-    Layers without any variation are left out and named in `metadata["excluded_layers"]`, as is a layer where a method
-    found no direction. Errors: UserError for rows that cannot carry a direction at all.
+    Layers without any variation are left out and named in `metadata["excluded_layers"]`, as is a layer where
+    a method found no direction. Errors: UserError for rows that cannot carry a direction at all.
     """
     for name in methods:
         get_method(name)
@@ -95,7 +96,7 @@ def fit_vectors(
         raise UserError(
             "every row has the same activations at every layer",
             where=f"{activations.trait}, {activations.position}, {activations.component}",
-            remedy="choose a position that differs between rows (prompt[0] is the same token in every chat prompt)",
+            remedy="choose a position that differs between rows (prompt[0] is the same in every chat prompt)",
         )
     if excluded:
         task = task_of(activations, seed, kept)

@@ -1,8 +1,10 @@
-"""Linear algebra over all layers: scaled feature spaces, their row-space coordinates, and directions back in raw space.
+"""Linear algebra over all layers: scaled feature spaces, their row-space coordinates, and directions back in
+raw space.
 
-With n rows of width d ≫ n, every L2-regularised linear solution lies in the span of the n rows. So the rows of a layer are
-rotated once into r ≤ min(n, d) coordinates, all fits of a layer (folds, halves, regularisation strengths) run there, and
-the solutions are rotated back. This is exact, not an approximation. What is fitted is not decided here (see `methods`).
+With n rows of width d ≫ n, every L2-regularised linear solution lies in the span of the n rows. So the rows
+of a layer are rotated once into r ≤ min(n, d) coordinates, all fits of a layer (folds, halves, regularisation
+strengths) run there, and the solutions are rotated back. This is exact, not an approximation. What is fitted
+is not decided here (see `methods`).
 
 Conventions: X is [n, L, d] float32, never copied whole; one layer at a time is brought to float64.
 """
@@ -23,8 +25,8 @@ TAME_AT = 10.0
 class LayerSpace:
     """The rows of one layer, centred and scaled, in orthogonal coordinates.
 
-    `coords` [n, r] float64: an isometric image of Z = (X - mean) · scale, with orthogonal columns of squared length
-    `eigenvalues` [r]. `live`: how many of the d dimensions vary at all.
+    `coords` [n, r] float64: an isometric image of Z = (X - mean) · scale, with orthogonal columns of squared
+    length `eigenvalues` [r]. `live`: how many of the d dimensions vary at all.
     """
 
     mean: np.ndarray
@@ -37,7 +39,9 @@ class LayerSpace:
     _row_basis: np.ndarray | None
 
     def back(self, w: np.ndarray) -> np.ndarray:
-        """Directions in raw space, [d, k], of weights on the coordinates, [r, k]: the scale is folded back in."""
+        """Directions in raw space, [d, k], of weights on the coordinates, [r, k]: the scale is folded back
+        in.
+        """
         if self._basis is not None:
             return self.scale[:, None] * (self._basis @ w)
         assert self._row_basis is not None
@@ -47,7 +51,9 @@ class LayerSpace:
 
 
 def layer_space(rows: np.ndarray, scaling: Scaling) -> LayerSpace:
-    """`rows`: [n, d]. The scale uses no labels, so cross-validation and permutation tests over it stay honest."""
+    """`rows`: [n, d]. The scale uses no labels, so cross-validation and permutation tests over it stay
+    honest.
+    """
     rows = np.asarray(rows, dtype=np.float64)
     n, d = rows.shape
     mean, spread = moments(rows)
@@ -67,7 +73,7 @@ def layer_space(rows: np.ndarray, scaling: Scaling) -> LayerSpace:
 
 
 def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Mean and standard deviation per dimension, [d] each; the spread of a constant dimension is exactly 0."""
+    """Mean and standard deviation per dimension, [d] each; a constant dimension has spread exactly 0."""
     mean = rows.mean(axis=0)
     spread = np.sqrt(((rows - mean) ** 2).mean(axis=0))
     # float32 storage makes a constant look as if it moved by its last bit
@@ -78,9 +84,9 @@ def moments(rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def scale_of(spread: np.ndarray, scaling: Scaling) -> np.ndarray:
     """Factor per dimension, [d]; constant dimensions get 0 and so can never enter a direction.
 
-    `raw`: 1. `standard`: 1/spread. `tamed`: 1 for ordinary dimensions; for those that spread more than TAME_AT times the
-    median, TAME_AT · median / spread, so that a direction (which carries the factor squared) gives them no more than their
-    share of evidence, as a diagonal discriminant would.
+    `raw`: 1. `standard`: 1/spread. `tamed`: 1 for ordinary dimensions; for those that spread more than
+    TAME_AT times the median, TAME_AT · median / spread, so that a direction (which carries the factor
+    squared) gives them no more than their share of evidence, as a diagonal discriminant would.
     """
     live = spread > 0
     factor = np.zeros_like(spread)

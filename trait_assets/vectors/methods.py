@@ -1,8 +1,10 @@
-"""How a direction is found from labelled activations. Adding a method: one function and one `@method(...)` line.
+"""How a direction is found from labelled activations. Adding a method: one function and one `@method(...)`
+line.
 
-A method sees a `Task`: the rows of all layers, their labels, and k row subsets; it returns one direction per layer and
-subset. Fitting many subsets at once is what makes cross-validation, split halves and repeats affordable. A method never
-sees held-out rows, never normalises and never picks a layer; units, signs and thresholds are `fit.py`'s business.
+A method sees a `Task`: the rows of all layers, their labels, and k row subsets; it returns one direction per
+layer and subset. Fitting many subsets at once is what makes cross-validation, split halves and repeats
+affordable. A method never sees held-out rows, never normalises and never picks a layer; units, signs and
+thresholds are `fit.py`'s business.
 
 All arithmetic is float64 (float32 inside the many-subset solvers) and deterministic under `Task.seed`.
 """
@@ -20,18 +22,21 @@ from storage.errors import UserError
 from trait_assets.activations.split import group_folds
 from trait_assets.vectors.linear import LayerSpace, Scaling, layer_space
 
-# Regularisation strengths of the probe, in units of 1 / (number of live dimensions): ‖z‖² of a standardised row is about
-# that number, so the grid means the same at every width.
+# Regularisation strengths of the probe, in units of 1 / (number of live dimensions): ‖z‖² of a standardised
+# row is about that number, so the grid means the same at every width.
 PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 PROBE_FOLDS = 5
+# 1 − cos(w, −∇loss) below which the smooth-AUC direction counts as converged.
+CONVERGED = 1e-8
 
 
 @dataclass
 class Task:
     """What a method is given.
 
-    `x` [n, L, d] float32; `y` [n] bool, True = positive; `groups` [n] int; `pairs` [n] int, -1 = unpaired; `subsets`
-    [k, n] bool, the first usually all rows; `layers`: labels of the L layers, for messages and seeds.
+    `x` [n, L, d] float32; `y` [n] bool, True = positive; `groups` [n] int; `pairs` [n] int, -1 = unpaired;
+    `subsets` [k, n] bool, the first usually all rows; `layers`: labels of the L layers, for messages and
+    seeds.
     """
 
     x: np.ndarray
@@ -50,12 +55,15 @@ class Task:
         return self.spaces[scaling, place]
 
 
+Facts = dict[str, float | int | bool | str]
+
+
 @dataclass
 class Directions:
     """`raw` [k, L, d] float64, not normalised; `info`: one dict per layer about the first subset's fit."""
 
     raw: np.ndarray
-    info: list[dict[str, float | int | bool | str]]
+    info: list[Facts]
 
 
 Fit = Callable[[Task], Directions]
@@ -97,7 +105,9 @@ def get_method(name: str) -> Method:
 
 @method("mean_diff", "difference of class means")
 def mean_diff(task: Task) -> Directions:
-    """v = μ₊ − μ₋ in raw activation space (contrastive activation addition; Rimsky et al. 2024, arXiv 2312.06681)."""
+    """v = μ₊ − μ₋ in raw activation space (contrastive activation addition; Rimsky et al. 2024, arXiv
+    2312.06681).
+    """
     return Directions(_mean_differences(task), [{} for _ in task.layers])
 
 
@@ -105,11 +115,12 @@ def mean_diff(task: Task) -> Directions:
 def mean_diff_tamed(task: Task) -> Directions:
     """v = s² · (μ₊ − μ₋), with s = min(1, 10 · median spread / spread) per dimension.
 
-    Ordinary dimensions are untouched. A massive one (Sun et al. 2024, arXiv 2402.17762) is noise on a huge scale: its
-    class difference is large by its spread alone, so it is weighed down as a diagonal discriminant would do it.
+    Ordinary dimensions are untouched. A massive one (Sun et al. 2024, arXiv 2402.17762) is noise on a huge
+    scale: its class difference is large by its spread alone, so it is weighed down as a diagonal discriminant
+    would do it.
     """
     differences = _mean_differences(task)
-    info = []
+    info: list[Facts] = []
     for place in range(len(task.layers)):
         scale = task.space("tamed", place).scale
         differences[:, place] *= scale**2
@@ -121,13 +132,14 @@ def mean_diff_tamed(task: Task) -> Directions:
 def probe(task: Task) -> Directions:
     """w = argmin Σᵢ cᵢ log(1 + exp(−yᵢ(w·zᵢ + b))) + ‖w‖² / 2C on standardised z; v = w / σ.
 
-    Classes are balanced by cᵢ = n / 2n_class; C comes from group-aware cross-validation within the same subset (least
-    log loss), anew for every subset. Solved in the row space, to which an L2-regularised solution is confined. Rows are
-    standardised, not normalised: with a massive dimension a row-normalised probe can return exactly zero.
+    Classes are balanced by cᵢ = n / 2n_class; C comes from group-aware cross-validation within the same
+    subset (least log loss), anew for every subset. Solved in the row space, to which an L2-regularised
+    solution is confined. Rows are standardised, not normalised: with a massive dimension a row-normalised
+    probe can return exactly zero.
     """
     folds = [_inner_folds(task, subset) for subset in task.subsets]
     raw = np.empty((len(task.subsets), *task.x.shape[1:]))
-    info: list[dict[str, float | int | bool | str]] = []
+    info: list[Facts] = []
     for place in range(len(task.layers)):
         space = task.space("standard", place)
         strengths = np.array(PROBE_STRENGTHS) / max(space.live, 1)
@@ -144,20 +156,37 @@ def probe(task: Task) -> Directions:
 def gradient(task: Task) -> Directions:
     """v minimises the mean logistic ranking loss over all positive × negative pairs, a smooth AUC.
 
-    Loss(w) = mean over i ∈ pos, j ∈ neg of log(1 + exp(−w·(zᵢ − zⱼ)/τ)), ‖w‖ ≤ 1, on standardised z; v = w / σ. This is
-    the RankNet loss (Burges et al. 2005) of a linear score; τ, the within-class spread along the difference of means,
-    sets the scale at which a pair counts as separated. Loss and ball are convex: there is one optimum, whatever the
-    start. Solved by projected accelerated gradient steps from a seeded random start; `kkt` is 1 − cos(w, −∇loss) at the
-    end (0 at an optimum on the sphere), `converged` says whether the stopping rule was met.
+    Loss(w) = mean over i ∈ pos, j ∈ neg of log(1 + exp(−w·(zᵢ − zⱼ)/τ)), ‖w‖ ≤ 1, on standardised z; v = w /
+    σ. This is the RankNet loss (Burges et al. 2005) of a linear score; τ, the within-class spread along the
+    difference of means, sets the scale at which a pair counts as separated. Loss and ball are convex: there
+    is one optimum, whatever the start. Solved by Newton steps from a seeded random start; `kkt` is 1 − cos(w,
+    −∇loss) at the end (0 at an optimum on the sphere), and `converged` says that it is as good as 0.
     """
+    coords = _stacked_coords(task, "standard")
+    n_layers, _, r = coords.shape
+    start = np.stack(
+        [np.random.default_rng([task.seed, 104729, layer]).standard_normal(r) for layer in task.layers]
+    )
     raw = np.empty((len(task.subsets), *task.x.shape[1:]))
-    info: list[dict[str, float | int | bool | str]] = []
-    for place, layer in enumerate(task.layers):
+    info: list[Facts] = []
+    columns = np.empty((n_layers, r, len(task.subsets)))
+    for k, subset in enumerate(task.subsets):
+        # folds and halves are compared, not stored: they may stop earlier
+        tolerance = 1e-10 if k == 0 else 1e-7
+        columns[:, :, k], facts = smooth_auc_directions(
+            coords[:, subset], task.y[subset], start, tolerance=tolerance
+        )
+        if k == 0:
+            info = [
+                {
+                    "converged": bool(facts["kkt"][place] <= CONVERGED),
+                    **{name: float(values[place]) for name, values in facts.items()},
+                }
+                for place in range(n_layers)
+            ]
+    for place in range(n_layers):
         space = task.space("standard", place)
-        rng = np.random.default_rng([task.seed, 104729, layer])
-        w, first = _rank_columns(space.coords, task.y, task.subsets, rng)
-        raw[:, place] = space.back(w).T
-        info.append(first)
+        raw[:, place] = space.back(columns[place, : space.coords.shape[1]]).T
     return Directions(raw, info)
 
 
@@ -165,11 +194,12 @@ def gradient(task: Task) -> Directions:
 def lda(task: Task) -> Directions:
     """v = Σ⁻¹(μ₊ − μ₋) on standardised z, scale folded back, Σ the pooled within-class covariance.
 
-    Σ is shrunk towards its mean variance by the amount of Ledoit & Wolf (2004), computed for the full width d although
-    the algebra stays in the row space. Called mass-mean probing by Marks & Tegmark (2023, arXiv 2310.06824).
+    Σ is shrunk towards its mean variance by the amount of Ledoit & Wolf (2004), computed for the full width d
+    although the algebra stays in the row space. Called mass-mean probing by Marks & Tegmark (2023, arXiv
+    2310.06824).
     """
     raw = np.empty((len(task.subsets), *task.x.shape[1:]))
-    info: list[dict[str, float | int | bool | str]] = []
+    info: list[Facts] = []
     for place in range(len(task.layers)):
         space = task.space("standard", place)
         columns = np.empty((space.coords.shape[1], len(task.subsets)))
@@ -186,11 +216,11 @@ def lda(task: Task) -> Directions:
 def pca_diff(task: Task) -> Directions:
     """v = first right singular vector of the unit-length differences h⁺ − h⁻; the labels fix its sign.
 
-    Representation engineering (Zou et al. 2023, arXiv 2310.01405). Pairs are those of the data where there are at least
-    two complete ones in the subset; otherwise rows are paired at random under the seed.
+    Representation engineering (Zou et al. 2023, arXiv 2310.01405). Pairs are those of the data where there
+    are at least two complete ones in the subset; otherwise rows are paired at random under the seed.
     """
     raw = np.empty((len(task.subsets), *task.x.shape[1:]))
-    info: list[dict[str, float | int | bool | str]] = [{} for _ in task.layers]
+    info: list[Facts] = [{} for _ in task.layers]
     for k, subset in enumerate(task.subsets):
         pairs, kind = _pairs(task, subset)
         for place in range(len(task.layers)):
@@ -208,7 +238,9 @@ def pca_diff(task: Task) -> Directions:
 
 @method("random", "a seeded random direction", oriented=False)
 def random(task: Task) -> Directions:
-    """v ~ N(0, I): a sanity check, and the family from which null distributions are drawn (`random_directions`)."""
+    """v ~ N(0, I): a sanity check, and the family from which null distributions are drawn
+    (`random_directions`).
+    """
     d = task.x.shape[2]
     one = np.stack([random_directions(1, d, task.seed, layer)[0] for layer in task.layers])
     return Directions(np.repeat(one[None], len(task.subsets), axis=0), [{} for _ in task.layers])
@@ -242,7 +274,9 @@ def _inner_folds(task: Task, subset: np.ndarray) -> np.ndarray:
 
 
 def _balanced(y: np.ndarray, members: np.ndarray) -> np.ndarray:
-    """Class-balanced sample weights, [n, k], zero outside each subset; each class of a subset sums to half its rows."""
+    """Class-balanced sample weights, [n, k], zero outside each subset; each class of a subset sums to half
+    its rows.
+    """
     positive = members & y[:, None]
     negative = members & ~y[:, None]
     half = members.sum(axis=0) / 2
@@ -257,7 +291,8 @@ def _choose_strengths(
     """Index into `strengths` per subset: least class-balanced log loss over its inner folds."""
     middle = len(strengths) // 2
     chosen = np.full(len(subsets), middle)
-    held, owner = [], []
+    held: list[np.ndarray] = []
+    owner: list[int] = []
     for k, fold in enumerate(folds):
         held.extend(fold)
         owner.extend([k] * len(fold))
@@ -290,10 +325,10 @@ def logistic_columns(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Many logistic regressions over the same rows at once: w [r, c], b [c].
 
-    `coords` [n, r] centred with orthogonal columns; `weights` [n, c] sample weights; `strengths` [c] values of C.
-    Accelerated gradient descent with restarts (O'Donoghue & Candès 2015), preconditioned by the diagonal bound
-    ¼ max(weight) λ + 1/C on the Hessian (Böhning & Lindsay 1988), under which a step of 1 never overshoots. `rough` stops
-    early, in float32: enough for choosing C.
+    `coords` [n, r] centred with orthogonal columns; `weights` [n, c] sample weights; `strengths` [c] values
+    of C. Accelerated gradient descent with restarts (O'Donoghue & Candès 2015), preconditioned by the
+    diagonal bound ¼ max(weight) λ + 1/C on the Hessian (Böhning & Lindsay 1988), under which a step of 1
+    never overshoots. `rough` stops early, in float32: enough for choosing C.
     """
     dtype = np.float32 if rough else np.float64
     tolerance, limit = (3e-3, 200) if rough else (1e-5, 1000)
@@ -307,11 +342,13 @@ def logistic_columns(
     r, c = x.shape[1], len(strengths)
     done_w, done_b = np.zeros((r, c), dtype), np.zeros(c, dtype)
     active = np.arange(c)
-    w, b = done_w.copy(), done_b.copy()
+    w: np.ndarray = done_w.copy()
+    b: np.ndarray = done_b.copy()
     at_w, at_b = w, b
     momentum = np.ones(c, dtype)
     for _ in range(limit):
-        pull = weights * sign * expit(-sign * (x @ at_w + at_b))
+        scores = x @ at_w + at_b
+        pull = weights * sign * expit(-(sign * scores))
         grad_w = ridge * at_w - x.T @ pull
         grad_b = -pull.sum(axis=0)
         new_w = at_w - grad_w / bound
@@ -341,7 +378,9 @@ def logistic_columns(
 def _newton(
     coords: np.ndarray, y: np.ndarray, weights: np.ndarray, strength: float, start: np.ndarray
 ) -> tuple[np.ndarray, int]:
-    """Polish one logistic regression to its optimum by damped Newton steps; returns w [r] and the steps taken."""
+    """Polish one logistic regression to its optimum by damped Newton steps; returns w [r] and the steps
+    taken.
+    """
     used = weights > 0
     x = np.column_stack([coords[used], np.ones(used.sum())])
     sign, c = np.where(y[used], 1.0, -1.0), weights[used]
@@ -374,64 +413,129 @@ def _newton(
     return w[:-1], 50
 
 
-def _rank_columns(
-    coords: np.ndarray, y: np.ndarray, subsets: np.ndarray, rng: np.random.Generator
-) -> tuple[np.ndarray, dict[str, float | int | bool | str]]:
-    """The smooth-AUC problem of every subset: w [r, k], and facts about the first."""
-    columns = np.empty((coords.shape[1], len(subsets)))
-    facts: dict[str, float | int | bool | str] = {}
-    start = rng.standard_normal(coords.shape[1])
-    for k, subset in enumerate(subsets):
-        columns[:, k], found = _rank_one(coords[subset & y], coords[subset & ~y], start)
-        if k == 0:
-            facts = found
-    return columns, facts
+def _stacked_coords(task: Task, scaling: Scaling) -> np.ndarray:
+    """Coordinates of all layers, [L, n, r]; layers of lower rank are padded with empty dimensions."""
+    spaces = [task.space(scaling, place) for place in range(len(task.layers))]
+    r = max(space.coords.shape[1] for space in spaces)
+    stacked = np.zeros((len(spaces), len(task.y), r))
+    for place, space in enumerate(spaces):
+        stacked[place, :, : space.coords.shape[1]] = space.coords
+    return stacked
 
 
-def _rank_one(
-    positive: np.ndarray, negative: np.ndarray, start: np.ndarray
-) -> tuple[np.ndarray, dict[str, float | int | bool | str]]:
-    difference = positive.mean(axis=0) - negative.mean(axis=0)
-    length = np.linalg.norm(difference)
-    axis = difference / length if length > 0 else difference
-    spread = np.sqrt((np.var(positive @ axis) + np.var(negative @ axis)) / 2)
-    tau = max(float(spread), 1e-3 * float(length), 1e-12)
-    pos, neg = positive / tau, negative / tau
-    centred_pos, centred_neg = pos - pos.mean(axis=0), neg - neg.mean(axis=0)
-    # Hessian ≼ ¼ E (zᵢ − zⱼ)(zᵢ − zⱼ)ᵀ, whose parts are the two class covariances and the outer mean difference
-    top = (
-        _largest_eigenvalue(centred_pos) / len(pos)
-        + _largest_eigenvalue(centred_neg) / len(neg)
-        + (length / tau) ** 2
-    )
-    step = 4 / top
-    w = at = start / np.linalg.norm(start)
-    momentum, kkt, converged, iteration = 1.0, 1.0, False, 0
-    for iteration in range(1, 2001):
-        pull = expit((neg @ at)[None, :] - (pos @ at)[:, None]) / (len(pos) * len(neg))
-        grad = neg.T @ pull.sum(axis=0) - pos.T @ pull.sum(axis=1)
-        new = at - step * grad
-        new = new / max(1.0, float(np.linalg.norm(new)))
-        moved = new - w
-        if float(np.linalg.norm(new - at)) <= 1e-7:
-            w, converged = new, True
+def smooth_auc_directions(
+    rows: np.ndarray, y: np.ndarray, start: np.ndarray, *, tolerance: float = 1e-10, limit: int = 60
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """The smooth-AUC optimum in the unit ball for several problems over the same labels.
+
+    `rows` [L, m, r], `start` [L, r]. Returns w [L, r] and facts, [L] each. A few projected gradient steps
+    leave the start behind; then Newton steps on the sphere, where with the multiplier μ = −w·∇f > 0 the
+    Hessian P(∇²f + μI)P is positive definite, or in the ball where the optimum lies inside it, with
+    backtracking.
+    """
+    full = None
+    if rows.shape[1] < rows.shape[2]:
+        # the optimum lies in the span of these rows: m coordinates do
+        values, vectors = np.linalg.eigh(rows @ rows.transpose(0, 2, 1))
+        keep = values > values[:, -1:] * 1e-12
+        root = np.sqrt(np.where(keep, values, 1.0))[:, None, :]
+        basis = rows.transpose(0, 2, 1) @ np.where(keep[:, None, :], vectors / root, 0.0)
+        full, rows = basis, np.where(keep[:, None, :], vectors * root, 0.0)
+        start = (start[:, None, :] @ basis)[:, 0]
+    pos, neg = rows[:, y], rows[:, ~y]
+    difference = pos.mean(axis=1) - neg.mean(axis=1)
+    length = np.linalg.norm(difference, axis=1)
+    axis = difference / np.maximum(length, 1e-300)[:, None]
+    spread = np.sqrt((_dots(pos, axis).var(axis=1) + _dots(neg, axis).var(axis=1)) / 2)
+    tau = np.maximum(np.maximum(spread, 1e-3 * length), 1e-12)
+    pos, neg = pos / tau[:, None, None], neg / tau[:, None, None]
+    n_pairs = pos.shape[1] * neg.shape[1]
+
+    def margins(w: np.ndarray) -> np.ndarray:
+        return _dots(pos, w)[:, :, None] - _dots(neg, w)[:, None, :]
+
+    def loss(w: np.ndarray) -> np.ndarray:
+        return -log_expit(margins(w)).sum(axis=(1, 2)) / n_pairs
+
+    def slope(w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pull = expit(-margins(w))
+        grad = _back(neg, pull.sum(axis=1)) - _back(pos, pull.sum(axis=2))
+        return grad / n_pairs, pull
+
+    # ∇²f ≼ ¼ E (zᵢ − zⱼ)(zᵢ − zⱼ)ᵀ, and E ‖zᵢ − zⱼ‖² ≤ top
+    top = 2 * ((pos**2).sum(axis=(1, 2)) / pos.shape[1] + (neg**2).sum(axis=(1, 2)) / neg.shape[1])
+    w = start / np.maximum(np.linalg.norm(start, axis=1), 1e-300)[:, None]
+    for _ in range(5):
+        grad, _ = slope(w)
+        w = _into_ball(w - grad * (4 / np.maximum(top, 1e-300))[:, None])
+    value = loss(w)
+    kkt = np.ones(len(w))
+    steps = 0
+    for _ in range(limit):
+        steps += 1
+        grad, pull = slope(w)
+        norm = np.linalg.norm(w, axis=1)
+        inward = -(w * grad).sum(axis=1)
+        grad_norm = np.linalg.norm(grad, axis=1)
+        outer = (norm > 1 - 1e-9) & (inward > 0)
+        kkt = np.where(
+            outer, 1 - inward / np.maximum(norm * grad_norm, 1e-300), grad_norm**2 / np.maximum(top, 1e-300)
+        )
+        if (kkt <= tolerance).all():
             break
-        if (at - new) @ moved > 0:
-            momentum, at = 1.0, new
-        else:
-            next_momentum = (1 + np.sqrt(1 + 4 * momentum**2)) / 2
-            at = new + (momentum - 1) / next_momentum * moved
-            momentum = next_momentum
-        w = new
-    norm, grad_norm = float(np.linalg.norm(w)), float(np.linalg.norm(grad))
-    if grad_norm > 0 and norm > 0:
-        kkt = float(1 + (w @ grad) / (norm * grad_norm))
-    return w, {"iterations": iteration, "converged": converged, "kkt": kkt, "ball": norm, "tau": tau}
+        curve = pull * (1 - pull) / n_pairs
+        pos_t, neg_t = pos.transpose(0, 2, 1), neg.transpose(0, 2, 1)
+        cross = pos_t @ (curve @ neg)
+        hessian = (pos_t * curve.sum(axis=2)[:, None, :]) @ pos + (
+            neg_t * curve.sum(axis=1)[:, None, :]
+        ) @ neg
+        hessian -= cross + cross.transpose(0, 2, 1)
+        shift = np.where(outer, inward, 1e-9 * np.maximum(top, 1e-300))
+        diagonal = np.arange(hessian.shape[1])
+        hessian[:, diagonal, diagonal] += shift[:, None]
+        solved = np.linalg.solve(hessian, np.stack([grad, w], axis=2))
+        for_grad, for_w = solved[:, :, 0], solved[:, :, 1]
+        tangent = np.where(
+            outer, (w * for_grad).sum(axis=1) / np.maximum((w * for_w).sum(axis=1), 1e-300), 0.0
+        )
+        direction = tangent[:, None] * for_w - for_grad
+        size = np.ones(len(w))
+        new, new_value = w, value
+        for _ in range(30):
+            moved = w + size[:, None] * direction
+            length_of = np.linalg.norm(moved, axis=1)
+            moved /= np.where(outer | (length_of > 1), length_of, 1.0)[:, None]
+            trial = loss(moved)
+            better = trial <= value + 1e-15 * np.abs(value)
+            new, new_value = np.where(better[:, None], moved, w), np.where(better, trial, value)
+            if better.all():
+                break
+            size = np.where(better, size, size / 2)
+        stuck = (np.abs(new - w).max(axis=1) <= 1e-12) | (kkt <= tolerance)
+        w, value = new, new_value
+        if stuck.all():
+            break
+    facts = {
+        "kkt": kkt,
+        "ball": np.linalg.norm(w, axis=1),
+        "tau": tau,
+        "newton_steps": np.full(len(w), steps),
+    }
+    return (w if full is None else (full @ w[:, :, None])[:, :, 0]), facts
 
 
-def _largest_eigenvalue(rows: np.ndarray) -> float:
-    small = rows @ rows.T if len(rows) <= rows.shape[1] else rows.T @ rows
-    return float(np.linalg.eigvalsh(small)[-1])
+def _dots(rows: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """[L, m] products of rows [L, m, r] with w [L, r]."""
+    return (rows @ w[:, :, None])[:, :, 0]
+
+
+def _back(rows: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """[L, r] sums of rows [L, m, r] weighted by [L, m]."""
+    return (weights[:, None, :] @ rows)[:, 0]
+
+
+def _into_ball(w: np.ndarray) -> np.ndarray:
+    return w / np.maximum(1.0, np.linalg.norm(w, axis=1))[:, None]
 
 
 def _shrunk_discriminant(rows: np.ndarray, y: np.ndarray, width: int) -> tuple[np.ndarray, float]:

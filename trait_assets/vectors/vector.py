@@ -3,9 +3,10 @@
 Here belong the content, the storage form and the reading of vectors. Fitting them (`fit`), judging them
 (`trait_assets.evaluation`) and using them on a model (`trait_assets.steering`) do not.
 
-A direction is a unit vector in the space of one hook site of one layer. Its length is kept apart as `raw_norm`, the distance
-between the class means along it in activation units, and so is the scale of the place, `median_norm` (median ‖h‖ of the
-residual stream at that layer, token 0 left out). A dose r adds r · median_norm · direction.
+A direction is a unit vector in the space of one hook site of one layer. Its length is kept apart as
+`raw_norm`, the distance between the class means along it in activation units, and so is the scale of the
+place, `median_norm` (median ‖h‖ of the residual stream at that layer, token 0 left out). A dose r adds r ·
+median_norm · direction.
 """
 
 from __future__ import annotations
@@ -42,8 +43,9 @@ _PER_LAYER = (
 class TraitVector:
     """One direction.
 
-    `direction` [d] float32, length 1; `raw_norm`, `threshold`, `mean_positive`, `mean_negative` in activation units;
-    `median_norm` NaN where it was not measured; `sign` +1 when positives project higher (always, but for `random`).
+    `direction` [d] float32, length 1; `raw_norm`, `threshold`, `mean_positive`, `mean_negative` in activation
+    units; `median_norm` NaN where it was not measured; `sign` +1 when positives project higher (always, but
+    for `random`).
     """
 
     trait: str
@@ -98,8 +100,8 @@ class TraitVector:
 class VectorFile:
     """All layers of one (trait, position, component, method). Arrays are per layer, in the order of `layers`.
 
-    `directions` [L, d] float32; `coefficient_norm` [L]: length of the method's own solution before it was made a unit
-    vector, in the method's own units (a probe's logits per activation unit).
+    `directions` [L, d] float32; `coefficient_norm` [L]: length of the method's own solution before it was
+    made a unit vector, in the method's own units (a probe's logits per activation unit).
     """
 
     trait: str
