@@ -197,3 +197,9 @@ def make_toy(seed: int, *, planted: bool = True, questions: int = 16, direction:
 def toy() -> Any:
     """The maker of toys: `toy(seed, planted=…, questions=…, direction=…)`."""
     return make_toy
+
+
+@pytest.fixture
+def restless() -> Any:
+    """A judge under which no direction has an effect."""
+    return restless_judge
