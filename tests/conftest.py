@@ -35,3 +35,9 @@ def openai_server() -> Iterator[Any]:
     with module.OpenAIServer() as server:
         module.teach_shipped(server, ROOT / "datasets" / "traits")
         yield server
+
+
+@pytest.fixture(scope="session")
+def synthetic() -> ModuleType:
+    """Planted activations and workspaces that hold them (tests/vectors/synthetic_activations.py)."""
+    return load_by_path(ROOT / "tests" / "vectors" / "synthetic_activations.py")

@@ -42,7 +42,7 @@ _SUMMARY_FROM_BEST = {
 
 
 class VectorEvaluationStage:
-    """`evaluation/evaluation.json`: rows per layer × method × position × component, the chosen one, cosines."""
+    """`evaluation/evaluation.json`: one row per layer, method, position and component, and the chosen one."""
 
     name = "vector_evaluation"
     code_version = "1"
@@ -130,7 +130,7 @@ class VectorEvaluationStage:
             "experiment": experiment,
             "options": plan.options,
             "chosen_by": (
-                "cross-validation on train rows: highest cv_auc; within one standard error of it, largest cv d"
+                "cross-validation on train rows: highest cv_auc, or within its standard error the largest d"
             ),
             "counts": [{"position": p, "component": c, **n} for (p, c), n in counts.items()],
             "contrast": contrast,

@@ -64,7 +64,7 @@ def check_rows(activations: ActivationSet) -> None:
         raise UserError(
             f"activations are not finite at layers {bad} (first in row {activations.keys[row]})",
             where=where,
-            remedy="load the model as bfloat16 or float32 (some overflow in float16), or leave these layers out",
+            remedy="load the model as bfloat16 or float32 (float16 overflows), or leave these layers out",
         )
 
 
