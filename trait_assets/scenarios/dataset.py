@@ -602,14 +602,15 @@ def _check_eval_prompt(text: str, eval_prompt: Any, fault: Any) -> None:
         )
         return
     fields = TEMPLATE_FIELD.findall(eval_prompt)
-    for unknown in dict.fromkeys(f for f in fields if f not in TEMPLATE_FIELDS):
+    strangers = list(dict.fromkeys(f for f in fields if f not in TEMPLATE_FIELDS))
+    for unknown in strangers:
         fault(
             line,
             f"`eval_prompt` has the unknown placeholder {{{unknown}}}",
             "use {question} and {answer}",
             "unknown-placeholder",
         )
-    if "answer" not in fields:
+    if "answer" not in fields and not strangers:
         fault(line, "`eval_prompt` never shows the {answer}", "put {answer} where the judge shall read it")
 
 

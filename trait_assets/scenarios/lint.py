@@ -92,8 +92,9 @@ LEAK_AUC = 0.95
 # below this separation (in standard deviations) the encoder does not see the trait well enough to accuse a
 # line
 SEEN = 3.5
-# log of how much likelier the line is on the other side
-CONTAMINATED = 4.0
+# log of how much likelier the line is on the other side: planted lines of the other side reach 7 to 28,
+# while the farthest of 220 good lines reaches 7
+CONTAMINATED, DOUBTFUL = 8.0, 4.0
 FEW_QUESTIONS = 5
 ENOUGH_QUESTIONS = 10
 CONTEXT_TOKENS = 2048
@@ -256,7 +257,13 @@ def _fast(
     findings = list(read.findings)
     findings += _company(folder, read)
     for name, text in read.texts.items():
-        findings += _characters(read.path_of(name), text)
+        undecodable = any(f.code == "invalid-utf8" and f.file == read.path_of(name) for f in read.findings)
+        findings += [
+            f
+            for f in _characters(read.path_of(name), text)
+            # the reader itself puts U+FFFD where it could not decode
+            if not (undecodable and f.code == "replacement-character")
+        ]
     for polarity in POLARITIES:
         if scenarios := read.side(polarity):
             findings += _one_side(read, polarity, scenarios, count_tokens, context_tokens)
@@ -375,8 +382,6 @@ def _characters(file: str, text: str) -> list[Finding]:
     findings = []
     lines = list(numbered_lines(text))
     for code, pattern, severity, message, remedy in _CHARACTERS:
-        if code == "replacement-character" and not pattern.search(text):
-            continue
         hits = [number for number, line in lines if pattern.search(line)]
         findings += at_lines(file, hits, severity, code, message, remedy)
     if not file.endswith((".json", ".jsonl")):
@@ -412,8 +417,8 @@ _INSTRUCTIONS = re.compile(
             r"^\W*you are (?:now |going to be )?(?:an?|the|my|no longer)\b",
             _START
             + r"you are (?:now )?an? [\w\s-]{0,30}(?:assistant|chatbot|ai|bot|language model|expert)\b",
-            _START
-            + r"(?:respond|reply|answer|speak|talk|write|act|behave|continue)\s+(?:only\s+)?(?:as|like|with|in)\s+"
+            _START + r"(?:respond|reply|answer|speak|talk|write|act|behave|continue)\s+"
+            r"(?:only\s+)?(?:as|like|with|in)\s+"
             r"(?:if\b|an?\b|the\b|english|spanish|french|german|one\b|all\b|\w+ly\b|\w+ "
             r"(?:tone|style|voice|language))",
             _START + r"(?:pretend|imagine|suppose)\s+(?:that\s+)?(?:you(?:'re| are)|to be)\b",
@@ -1009,9 +1014,11 @@ def _pairs(read: FolderRead, file: str) -> list[Finding]:
     broken, long = [], []
     for i, s in enumerate(negatives):
         mine = jaccard(a[i], b[i])
-        best = max(range(len(a)), key=lambda j, i=i: jaccard(a[j], b[i]))
-        elsewhere = best != i and jaccard(a[best], b[i]) >= mine + 0.15
-        if elsewhere or (own >= 0.2 and mine <= min(other, 0.05)):
+        likeness = [jaccard(words_of_other, b[i]) for words_of_other in a]
+        best = max(range(len(a)), key=likeness.__getitem__)
+        elsewhere = best != i and likeness[best] >= mine + 0.15
+        # no likelier than chance, where counterparts are much likelier
+        if elsewhere or (own >= 2.5 * other and mine <= other):
             broken.append(s.line)
         x, y = len(words(positives[i].prompt)), len(words(s.prompt))
         if min(x, y) and max(x, y) / min(x, y) > PAIR_LENGTH_RATIO and abs(x - y) > 5:
@@ -1372,12 +1379,12 @@ def _contamination(read: FolderRead, embed: Embed) -> list[Finding]:
         other = "negatives" if polarity == "positive" else "positives"
         for i, s in enumerate(side):
             wrong = result.wrong[offset + i]
-            if wrong >= CONTAMINATED:
+            if wrong >= DOUBTFUL:
                 findings.append(
                     Finding(
                         read.path_of(read.files[polarity]),
                         s.line,
-                        "warning",
+                        "warning" if wrong >= CONTAMINATED else "info",
                         "contaminated",
                         f"reads like one of the {other} (log odds {wrong:.1f} by sentence embeddings)",
                         "read it: move it to the other side, mend it, or delete the pair",
