@@ -14,6 +14,7 @@ import re
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from itertools import zip_longest
 from typing import Any
 
 import numpy as np
@@ -32,8 +33,8 @@ from resources.judges.protocol import (
 from resources.judges.scoring import distinct_ngrams
 from storage.manifest import fingerprint
 
-METHOD = "minilm-logreg/1"
-COHERENCE = "logprob-distinct3/1"
+METHOD = "minilm-logreg/2"
+COHERENCE = "logprob-distinct3/2"
 # inverse regularisation: unit-length embeddings need a weak penalty before probabilities leave the middle
 REGULARISATION = 10.0
 FOLDS = 5
@@ -181,14 +182,23 @@ def local_identity() -> dict[str, Any]:
     return {"kind": "local", "method": METHOD, "embedding": embedding_identity(), "coherence": COHERENCE}
 
 
+# Calibrated on SmolLM2-135M-Instruct, see docs/judges.md: its ordinary answers have a mean log-probability of
+# -0.5 to -1.6, sampled at temperature 1 -1.6 to -3.9, human texts -2.7 to -4.6, shuffled words -6.1 and less;
+# its ordinary answers of forty tokens have 0.85 and more distinct 3-grams, a sentence of fourteen words said
+# three times 0.35.
+FLUENCY_MIDDLE, FLUENCY_WIDTH = -4.7, 0.45
+VARIETY_MIDDLE, VARIETY_WIDTH = 0.72, 0.05
+
+
 def coherence_score(logprob: float, distinct_3: float) -> float:
-    """0–100, monotone in both: 100 · fluency · variety.
+    """0–100, monotone in both: 100 · fluency · variety, each a logistic curve.
 
     `logprob`: mean log-probability (nats) per token under the unsteered model; `distinct_3`: share of
-    distinct 3-grams. Both factors are logistic curves.
+    distinct 3-grams of words. Looping text has a high likelihood, word salad has distinct 3-grams: only both
+    together tell coherence.
     """
-    fluency = 1.0 / (1.0 + math.exp(-(logprob + 3.6) / 0.45))
-    variety = 1.0 / (1.0 + math.exp(-(distinct_3 - 0.60) / 0.06))
+    fluency = 1.0 / (1.0 + math.exp(-(logprob - FLUENCY_MIDDLE) / FLUENCY_WIDTH))
+    variety = 1.0 / (1.0 + math.exp(-(distinct_3 - VARIETY_MIDDLE) / VARIETY_WIDTH))
     return 100.0 * fluency * variety
 
 
@@ -208,8 +218,9 @@ class TraitFit:
     """One trait's classifier: the whole fit, and each scenario's probability from folds that did not hold its
     group.
 
-    A group is a pair (line i of both sides) joined with everything nearly identical to it, so that no
-    scenario is scored by a fit that saw its twin.
+    Both are fitted on what distinguishes the lines of a pair (`voices`). A group is a pair (line i of both
+    sides) joined with everything nearly identical to it, so that no scenario is scored by a fit that saw its
+    twin.
     """
 
     def __init__(self, context: TraitContext) -> None:
@@ -220,7 +231,7 @@ class TraitFit:
         self.fingerprint = fit_fingerprint(context)
         n_pos = len(context.positives)
         texts = [*context.positives, *context.negatives]
-        x = embed(texts)
+        x = embed(voices(context.positives, context.negatives))
         y = np.array([1] * n_pos + [0] * len(context.negatives))
 
         def fitted(rows: np.ndarray) -> LogisticRegression:
@@ -255,6 +266,32 @@ class TraitFit:
             if 0 <= item.index < len(side) and side[item.index] == item.prompt:
                 return offset + item.index
         return self._where.get(item.prompt)
+
+
+def voices(positives: Sequence[str], negatives: Sequence[str]) -> list[str]:
+    """The texts of both sides, positives first, without the words that line i of both sides share at its two
+    ends.
+
+    Paired scenarios set the same scene and differ in the voice that follows; the scene is the same for both
+    labels and only blurs the embedding. Where less than four words would be left of either line, both stay
+    whole.
+    """
+    sides: tuple[list[str], list[str]] = ([], [])
+    for a, b in zip_longest(positives, negatives):
+        if a is None or b is None:
+            sides[a is None].append(b if a is None else a)
+            continue
+        left, right = a.split(), b.split()
+        shorter = min(len(left), len(right))
+        head = next((k for k in range(shorter) if left[k] != right[k]), shorter)
+        tail = next((k for k in range(shorter - head) if left[-1 - k] != right[-1 - k]), shorter - head)
+        if shorter - head - tail < 4:
+            sides[0].append(a)
+            sides[1].append(b)
+        else:
+            sides[0].append(" ".join(left[head : len(left) - tail]))
+            sides[1].append(" ".join(right[head : len(right) - tail]))
+    return [*sides[0], *sides[1]]
 
 
 def near_duplicate_groups(x: np.ndarray, pairs: Sequence[int]) -> list[int]:

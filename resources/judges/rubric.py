@@ -148,8 +148,10 @@ def _render_template(item: JudgeItem) -> Rendered:
     check_template(template, where=f"{item.context.trait}, steering.json")
     question, answer = _clean(item.prompt), _clean(item.text)
     mark = mark_for(question[0], answer[0])
+    # a mark counts only at the start of a line, wherever the template puts its placeholders
     filled = template.format(
-        question=_section("QUESTION", question[0], mark), answer=_section("ANSWER", answer[0], mark)
+        question=f"\n{_section('QUESTION', question[0], mark)}\n",
+        answer=f"\n{_section('ANSWER', answer[0], mark)}\n",
     )
     version = f"{VERSIONS['template']}:{hashlib.sha256(template.encode()).hexdigest()[:12]}"
     return Rendered(
