@@ -17,10 +17,36 @@ from trait_assets.activations.split import RowInfo, Split, group_folds, group_ro
 
 ROOT = Path(__file__).parents[2]
 SHARED = Path(os.environ.get("TRAITS_SHARED", ROOT / ".." / "shared"))
-WORDS = (
-    "river copper lantern violin harbour mustard glacier tunnel orchid saddle compass walnut thunder velvet anchor "
-    "meadow furnace pebble satchel canyon ribbon turbine willow cathedral biscuit falcon marble trumpet"
-).split()
+WORDS = [
+    "river",
+    "copper",
+    "lantern",
+    "violin",
+    "harbour",
+    "mustard",
+    "glacier",
+    "tunnel",
+    "orchid",
+    "saddle",
+    "compass",
+    "walnut",
+    "thunder",
+    "velvet",
+    "anchor",
+    "meadow",
+    "furnace",
+    "pebble",
+    "satchel",
+    "canyon",
+    "ribbon",
+    "turbine",
+    "willow",
+    "cathedral",
+    "biscuit",
+    "falcon",
+    "marble",
+    "trumpet",
+]
 
 
 def sentence(seed: int, length: int = 9) -> str:
@@ -68,7 +94,9 @@ def test_five_paraphrase_groups_stay_whole() -> None:
 
 def test_pairs_are_never_divided() -> None:
     split = split_rows(distinct(40, pairs=True), val_split=0.2, seed=3)
-    assert {k.split(":")[1] for k in split.val if k[0] == "p"} == {k.split(":")[1] for k in split.val if k[0] == "n"}
+    assert {k.split(":")[1] for k in split.val if k[0] == "p"} == {
+        k.split(":")[1] for k in split.val if k[0] == "n"
+    }
     assert sides(split.val) == (8, 8)
 
 
@@ -85,7 +113,9 @@ def test_the_split_is_not_the_tail_and_depends_on_the_seed_alone() -> None:
 
 def test_a_new_line_moves_few_of_the_others() -> None:
     before = split_rows(distinct(50), val_split=0.2, seed=0)
-    after = split_rows([*distinct(50), RowInfo("positive:99", "positive", 99, sentence(77_000), None)], val_split=0.2, seed=0)
+    after = split_rows(
+        [*distinct(50), RowInfo("positive:99", "positive", 99, sentence(77_000), None)], val_split=0.2, seed=0
+    )
     assert len(set(before.val) ^ (set(after.val) - {"positive:99"})) <= 2
 
 
@@ -95,7 +125,9 @@ def test_positives_come_first_and_keep_their_order() -> None:
     for part in (split.train, split.val):
         polarity = [k.split(":")[0] for k in part]
         assert polarity == sorted(polarity, reverse=True)
-    assert [k for k in split.train if k[0] == "p"] == [r.key for r in rows if r.key in split.train and r.key[0] == "p"]
+    assert [k for k in split.train if k[0] == "p"] == [
+        r.key for r in rows if r.key in split.train and r.key[0] == "p"
+    ]
 
 
 def test_a_line_on_both_sides_is_excluded_from_both() -> None:
@@ -190,11 +222,18 @@ def test_one_scenario_in_many_variations_cannot_be_divided_and_says_so() -> None
 
 
 def test_few_held_out_rows_are_pointed_out() -> None:
-    assert any("only 3 positive and 3 negative" in n for n in split_rows(distinct(16), val_split=0.2, seed=0).notes)
+    assert any(
+        "only 3 positive and 3 negative" in n for n in split_rows(distinct(16), val_split=0.2, seed=0).notes
+    )
 
 
 def test_texts_without_spaces_are_compared_too() -> None:
-    texts = ["他今天很高兴地去了公园散步", "他今天很高兴地去了公园散步了", "天气预报说明天会下大雨", "请把这份文件交给经理"]
+    texts = [
+        "他今天很高兴地去了公园散步",
+        "他今天很高兴地去了公园散步了",
+        "天气预报说明天会下大雨",
+        "请把这份文件交给经理",
+    ]
     groups, _ = group_rows([RowInfo(str(i), "positive", i, t, None) for i, t in enumerate(texts)])
     assert groups["0"] == groups["1"]
     assert len(set(groups.values())) == 3

