@@ -86,7 +86,10 @@ def traits_in_flight(instance: dg.DagsterInstance) -> set[str]:
         tags = record.dagster_run.tags
         if key := tags.get("dagster/partition"):
             covered.add(key)
-        start, end = tags.get("dagster/asset_partition_range_start"), tags.get("dagster/asset_partition_range_end")
+        start, end = (
+            tags.get("dagster/asset_partition_range_start"),
+            tags.get("dagster/asset_partition_range_end"),
+        )
         if start in known and end in known:
             covered.update(known[known.index(start) : known.index(end) + 1])
         elif start or end:
@@ -132,8 +135,10 @@ def evaluate_folders(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
             f"{len(on_disk)} traits, nothing new"
             + (f"; left out: {', '.join(sorted(found.problems))}" if found.problems else "")
         )
-    cursor = {trait: content for trait, content in on_disk.items()}
-    return dg.SensorResult(dynamic_partitions_requests=requests, asset_events=events, cursor=json.dumps(cursor))
+    cursor = dict(on_disk.items())
+    return dg.SensorResult(
+        dynamic_partitions_requests=requests, asset_events=events, cursor=json.dumps(cursor)
+    )
 
 
 def build_folder_sensor() -> dg.SensorDefinition:
@@ -162,4 +167,12 @@ def sensors() -> Iterator[dg.SensorDefinition]:
     yield build_automation_sensor()
 
 
-__all__ = ["TRAITS", "FolderChanges", "evaluate_folders", "folder_changes", "keep_fresh", "refresh_table", "sensors"]
+__all__ = [
+    "TRAITS",
+    "FolderChanges",
+    "evaluate_folders",
+    "folder_changes",
+    "keep_fresh",
+    "refresh_table",
+    "sensors",
+]

@@ -24,6 +24,7 @@ import yaml
 from storage.errors import UserError
 from trait_assets import paths
 from trait_assets.experiments import Experiment, load_experiment
+from trait_assets.pipeline import stages_of
 
 warnings.filterwarnings("ignore", module="dagster")
 
@@ -35,9 +36,12 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-ExperimentOption = Annotated[str, typer.Option("--experiment", "-e", help="Name of a folder under experiments/.")]
+ExperimentOption = Annotated[
+    str, typer.Option("--experiment", "-e", help="Name of a folder under experiments/.")
+]
 TraitsOption = Annotated[
-    str | None, typer.Option("--traits", "--trait", "-t", help="category/trait names or patterns, comma-separated.")
+    str | None,
+    typer.Option("--traits", "--trait", "-t", help="category/trait names or patterns, comma-separated."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON document instead of tables.")]
 VerboseOption = Annotated[bool, typer.Option("--verbose", help="Show the trace of an error.")]
@@ -75,19 +79,29 @@ def _stage_command(stages: Sequence[str] | None, summary: str) -> Callable[..., 
         max_new_tokens: Annotated[int | None, typer.Option("--max-new-tokens")] = None,
         temperature: Annotated[float | None, typer.Option("--temperature")] = None,
         base_model: Annotated[
-            bool | None, typer.Option("--base-model/--it-model", help="Text completion / chat; default by the tokenizer.")
+            bool | None,
+            typer.Option("--base-model/--it-model", help="Text completion / chat; default by the tokenizer."),
         ] = None,
         vetting_filter: Annotated[
-            bool | None, typer.Option("--vetting-filter/--no-vetting-filter", help="Leave failed responses out.")
+            bool | None,
+            typer.Option("--vetting-filter/--no-vetting-filter", help="Leave failed responses out."),
         ] = None,
         val_split: Annotated[float | None, typer.Option("--val-split")] = None,
-        position: Annotated[str | None, typer.Option("--position", help="<frame>[<slice>], comma-separated.")] = None,
-        component: Annotated[str | None, typer.Option("--component", help="Hook sites, comma-separated.")] = None,
+        position: Annotated[
+            str | None, typer.Option("--position", help="<frame>[<slice>], comma-separated.")
+        ] = None,
+        component: Annotated[
+            str | None, typer.Option("--component", help="Hook sites, comma-separated.")
+        ] = None,
         methods: Annotated[str | None, typer.Option("--methods", help="Comma-separated.")] = None,
         layers: Annotated[str | None, typer.Option("--layers", help="16 | 5,10 | 5-20 | 30%-60%")] = None,
         prefill_only: Annotated[bool | None, typer.Option("--prefill-only/--no-prefill-only")] = None,
-        token_position: Annotated[str | None, typer.Option("--token-position", help="last, first or mean.")] = None,
-        scenario_limit: Annotated[int | None, typer.Option("--scenario-limit", help="Scenarios per side.")] = None,
+        token_position: Annotated[
+            str | None, typer.Option("--token-position", help="last, first or mean.")
+        ] = None,
+        scenario_limit: Annotated[
+            int | None, typer.Option("--scenario-limit", help="Scenarios per side.")
+        ] = None,
         batch_size: Annotated[int | None, typer.Option("--batch-size", help="Default automatic.")] = None,
         seed: Annotated[int | None, typer.Option("--seed")] = None,
         judge: Annotated[str | None, typer.Option("--judge", help="auto, openai or local.")] = None,
@@ -152,7 +166,10 @@ STAGE_COMMANDS: dict[str, tuple[tuple[str, ...] | None, str]] = {
     "activations": (("activations",), "Stage 2: hidden states at every layer."),
     "vectors": (("vectors",), "Stage 3: a direction per layer and method."),
     "evaluate": (("vector_evaluation",), "Stage 4: quality on held-out rows, and the table over all traits."),
-    "steering": (("steering_results",), "Stage 5: steered generation, judged, and the summary over all traits."),
+    "steering": (
+        ("steering_results",),
+        "Stage 5: steered generation, judged, and the summary over all traits.",
+    ),
 }
 for _name, (_stages, _summary) in STAGE_COMMANDS.items():
     app.command(_name, help=_summary)(_stage_command(_stages, _summary))
@@ -168,17 +185,23 @@ def merge_settings(overrides: dict[str, Any], settings: Sequence[str]) -> dict[s
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or not name.strip():
-            raise UserError(f"`--set {setting}` is not key=value", remedy="write e.g. --set steer.questions=8")
+            raise UserError(
+                f"`--set {setting}` is not key=value", remedy="write e.g. --set steer.questions=8"
+            )
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError as error:
-            raise UserError(f"`--set {setting}`: the value cannot be read", remedy="quote it as YAML") from error
+            raise UserError(
+                f"`--set {setting}`: the value cannot be read", remedy="quote it as YAML"
+            ) from error
         target = merged
         *parents, last = name.strip().split(".")
         for parent in parents:
             target = target.setdefault(parent, {})
             if not isinstance(target, dict):
-                raise UserError(f"`--set {setting}`: {parent} has no options of its own", remedy="drop the dot")
+                raise UserError(
+                    f"`--set {setting}`: {parent} has no options of its own", remedy="drop the dot"
+                )
         target[last] = value
     return merged
 
@@ -209,8 +232,8 @@ def materialise(
     if not selection.traits:
         return True
     launch.check_models(effective, {})
-    chosen = list(stages) if stages is not None else launch.stages_of(effective)
-    available = launch.stages_of(effective)
+    available = stages_of(effective)
+    chosen = list(stages) if stages is not None else available
     missing = [stage for stage in chosen if stage not in available]
     if missing:
         raise UserError(
@@ -284,11 +307,12 @@ def status(
 ) -> None:
     """Show the state of every trait in every stage: current, out of date, skipped, missing, and why."""
     with one_line_errors(verbose):
-        from trait_assets.launch import stages_of
         from trait_assets.report import overview
 
         config = _experiment(experiment)
-        rows = overview.status_rows(open_workspace(), config, paths.dataset_root(), _split(traits), stages_of(config))
+        rows = overview.status_rows(
+            open_workspace(), config, paths.dataset_root(), _split(traits), stages_of(config)
+        )
         if as_json:
             typer.echo(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False))
         else:
@@ -321,16 +345,22 @@ def ui(
     host: Annotated[str, typer.Option("--host", help="Loopback unless you say otherwise.")] = "127.0.0.1",
 ) -> None:
     """Open the Dagster UI with the sensors running (`dagster dev` on workspace.yaml)."""
-    from trait_assets.launch import open_instance
+    from trait_assets.launch import instance_folder, open_instance
 
     with open_instance():
+        # the pools' limits are set before the first run
         pass
-    dagster = shutil.which("dagster", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]))
+    dagster = shutil.which(
+        "dagster", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    )
     if dagster is None:
-        typer.secho("error: the command `dagster` is not installed — run make install", fg=typer.colors.RED, err=True)
+        typer.secho(
+            "error: the command `dagster` is not installed — run make install", fg=typer.colors.RED, err=True
+        )
         raise typer.Exit(2)
     command = [dagster, "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
-    raise typer.Exit(subprocess.call(command, cwd=paths.REPOSITORY))
+    environment = {"DAGSTER_HOME": str(instance_folder("ui")), **os.environ}
+    raise typer.Exit(subprocess.call(command, cwd=paths.REPOSITORY, env=environment))
 
 
 def main() -> None:

@@ -24,6 +24,7 @@ from storage.errors import UserError  # noqa: E402
 from trait_assets import paths  # noqa: E402
 from trait_assets.activations.asset import activations_asset  # noqa: E402
 from trait_assets.automation import sensors  # noqa: E402
+from trait_assets.checks import CHECKS, stage_checks  # noqa: E402
 from trait_assets.evaluation.asset import extraction_evaluation_asset, vector_evaluation_asset  # noqa: E402
 from trait_assets.experiments import Experiment, list_experiments, load_experiment  # noqa: E402
 from trait_assets.responses.asset import responses_asset, vetted_responses_asset  # noqa: E402
@@ -54,6 +55,17 @@ def experiment_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
     if experiment.steering:
         assets += [steering_results_asset(experiment), steering_summary_asset(experiment)]
     return assets
+
+
+def experiment_checks(experiment: Experiment) -> list[dg.AssetChecksDefinition]:
+    """The checks of the assets that this experiment has."""
+    from trait_assets.pipeline import stages_of
+
+    return [
+        stage_checks(experiment, stage)
+        for stage in stages_of(experiment)
+        if stage != "scenarios" and CHECKS[stage]
+    ]
 
 
 def load_experiments(root: Path) -> tuple[list[Experiment], dict[str, str]]:
@@ -89,10 +101,13 @@ def build_defs(
     for name, reason in problems.items():
         warnings.warn(f"experiment {name} is left out: {reason}", stacklevel=2)
     assets: list[dg.AssetsDefinition] = [scenarios_asset()]
+    checks = [stage_checks(None, "scenarios")]
     for experiment in experiments:
         assets += experiment_assets(experiment)
+        checks += experiment_checks(experiment)
     return dg.Definitions(
         assets=dg.with_source_code_references(assets),
+        asset_checks=checks,
         resources={**default_resources(), **(resources or {})},
         sensors=list(sensors()),
         # one process per run: the model that one stage loaded is there for the next

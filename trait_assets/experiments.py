@@ -50,17 +50,32 @@ class _Options(BaseModel):
 class SteeringOptions(_Options):
     """Options of stage 5, under `steer:` in the config."""
 
-    questions: int | None = Field(None, ge=1, description="Use the first N questions of steering.json; default all.")
-    max_new_tokens: int = Field(64, ge=1, description="Length of each answer.")
-    temperature: float = Field(0.0, ge=0, description="0 is greedy; a steered answer and its baseline share the seed.")
-    chat: bool | None = Field(None, description="Chat template for questions; default where the tokenizer has one.")
-    search_share: float = Field(
-        0.4, gt=0, lt=1, description="Share of the questions that choose layer, method and dose; the rest report."
+    questions: int | None = Field(
+        None, ge=1, description="Use the first N questions of steering.json; default all."
     )
-    methods: Names | None = Field(None, description="Vector methods to try; default those of the experiment, random left out.")
+    max_new_tokens: int = Field(64, ge=1, description="Length of each answer.")
+    temperature: float = Field(
+        0.0, ge=0, description="0 is greedy; a steered answer and its baseline share the seed."
+    )
+    chat: bool | None = Field(
+        None, description="Chat template for questions; default where the tokenizer has one."
+    )
+    search_share: float = Field(
+        0.4,
+        gt=0,
+        lt=1,
+        description="Share of the questions that choose layer, method and dose; the rest report.",
+    )
+    methods: Names | None = Field(
+        None, description="Vector methods to try; default those of the experiment, random left out."
+    )
     layers: str | None = Field(None, description="Layers to try, as in `layers`; default the depth window.")
-    depth_window: tuple[float, float] = Field((0.25, 0.75), description="Depth window of candidate layers (share of depth).")
-    max_candidates: int = Field(24, ge=1, description="Candidates (layer × method × position × component) per trait.")
+    depth_window: tuple[float, float] = Field(
+        (0.25, 0.75), description="Depth window of candidate layers (share of depth)."
+    )
+    max_candidates: int = Field(
+        24, ge=1, description="Candidates (layer × method × position × component) per trait."
+    )
     candidates: list[dict[str, Any]] | None = Field(
         None, description="Explicit candidates: a list of {layer, method, position?, component?}."
     )
@@ -70,12 +85,18 @@ class SteeringOptions(_Options):
     )
     refine_steps: int = Field(2, ge=0, description="Bracket-and-bisect rounds after the ladder.")
     refine_top: int = Field(3, ge=1, description="How many candidates are refined.")
-    coherence_threshold: float = Field(70.0, ge=0, le=100, description="Least mean coherence of an admissible dose.")
+    coherence_threshold: float = Field(
+        70.0, ge=0, le=100, description="Least mean coherence of an admissible dose."
+    )
     controls: int = Field(5, ge=0, description="Norm-matched random directions at the chosen layer and dose.")
-    prompting_baseline: bool = Field(True, description="Also measure what a system prompt built from the definition does.")
+    prompting_baseline: bool = Field(
+        True, description="Also measure what a system prompt built from the definition does."
+    )
     steer_from: Literal["response", "all"] = Field("response", description="First steered position.")
     operation: Literal["add", "add_norm_preserving"] = "add"
-    multi_layer: bool = Field(False, description="Also try several layers at once, weighted by single-layer effect.")
+    multi_layer: bool = Field(
+        False, description="Also try several layers at once, weighted by single-layer effect."
+    )
     bootstrap: int = Field(2000, ge=100, description="Bootstrap draws over questions.")
 
     @model_validator(mode="after")
@@ -94,7 +115,9 @@ class Experiment(_Options):
     name: str = Field(description="The folder name under experiments/; never written in the file.")
     description: str = ""
     extraction_model: str = Field(description="Hub id, local folder, .gguf file or embedded:<name>.")
-    application_model: str | None = Field(None, description="The model that is steered; default the extraction model.")
+    application_model: str | None = Field(
+        None, description="The model that is steered; default the extraction model."
+    )
     extraction_revision: str | None = None
     application_revision: str | None = None
     extraction_adapter: str | None = Field(None, description="PEFT/LoRA adapter on the extraction model.")
@@ -106,33 +129,52 @@ class Experiment(_Options):
     steering: bool = Field(True, description="Stage 5; without it steering.json may be missing.")
     vet_scenarios: bool = Field(True, description="Stage 0.5.")
     vet: bool = Field(True, description="Both vetting stages; off switches 0.5 and 1.5 off.")
-    pos_threshold: float = Field(60.0, ge=0, le=100, description="A positive is kept at this judge score or above.")
-    neg_threshold: float = Field(40.0, ge=0, le=100, description="A negative is kept at this judge score or below.")
+    pos_threshold: float = Field(
+        60.0, ge=0, le=100, description="A positive is kept at this judge score or above."
+    )
+    neg_threshold: float = Field(
+        40.0, ge=0, le=100, description="A negative is kept at this judge score or below."
+    )
     min_kept: int = Field(10, ge=2, description="Fewest rows per side that vetting may leave.")
-    max_abstention_rate: float = Field(0.10, ge=0, le=1, description="Largest share of items a judge may abstain on.")
+    max_abstention_rate: float = Field(
+        0.10, ge=0, le=1, description="Largest share of items a judge may abstain on."
+    )
     pair_filter: bool = Field(False, description="Drop both rows of a pair when one of them fails vetting.")
     vetting_filter: bool = Field(True, description="Leave failed responses out of stage 2.")
 
-    max_new_tokens: int | None = Field(None, ge=1, description="Response length; default 150 (instruct), 16 (base).")
+    max_new_tokens: int | None = Field(
+        None, ge=1, description="Response length; default 150 (instruct), 16 (base)."
+    )
     temperature: float = Field(0.0, ge=0, description="0 is greedy.")
     top_p: float = Field(1.0, gt=0, le=1)
     base_model: bool | None = Field(
-        None, description="Text completion without chat template; default by the tokenizer (no template → base)."
+        None,
+        description="Text completion without chat template; default by the tokenizer (no template → base).",
     )
     scenario_limit: int | None = Field(None, ge=2, description="Use a seeded subset of N scenarios per side.")
 
     val_split: float = Field(0.2, ge=0, lt=1, description="Held-out share; 0 turns the held-out set off.")
-    position: Positions = Field(default_factory=lambda: ["response[:]"], description="<frame>[<slice>], several allowed.")
+    position: Positions = Field(
+        default_factory=lambda: ["response[:]"], description="<frame>[<slice>], several allowed."
+    )
     component: Names = Field(default_factory=lambda: ["residual"], description="Hook sites, several allowed.")
-    methods: Names = Field(default_factory=lambda: ["mean_diff", "probe", "gradient"], description="Vector methods.")
+    methods: Names = Field(
+        default_factory=lambda: ["mean_diff", "probe", "gradient"], description="Vector methods."
+    )
     layers: str = Field("all", description="16 | 5,10 | 5-20 | 30%-60% | all")
     prefill_only: bool = Field(False, description="No generation: scenarios go straight to stage 2.")
-    token_position: Literal["last", "first", "mean"] = Field("last", description="Position in prefill-only mode.")
+    token_position: Literal["last", "first", "mean"] = Field(
+        "last", description="Position in prefill-only mode."
+    )
     n_random: int = Field(100, ge=20, description="Random directions in the null distribution.")
-    n_permutations: int = Field(200, ge=0, description="Label permutations in the permutation null; 0 turns it off.")
+    n_permutations: int = Field(
+        200, ge=0, description="Label permutations in the permutation null; 0 turns it off."
+    )
     bootstrap: int = Field(1000, ge=100, description="Bootstrap draws of held-out intervals.")
 
-    batch_size: int | None = Field(None, ge=1, description="Rows per batch; default automatic, from free memory.")
+    batch_size: int | None = Field(
+        None, ge=1, description="Rows per batch; default automatic, from free memory."
+    )
     seed: int = 0
     steer: SteeringOptions = Field(default_factory=SteeringOptions)
 
@@ -140,7 +182,12 @@ class Experiment(_Options):
     def _consistent(self) -> Experiment:
         if self.pos_threshold <= self.neg_threshold:
             raise ValueError("pos_threshold must be above neg_threshold")
-        if self.vet and not self.prefill_only and self.scenario_limit is not None and self.scenario_limit < self.min_kept:
+        if (
+            self.vet
+            and not self.prefill_only
+            and self.scenario_limit is not None
+            and self.scenario_limit < self.min_kept
+        ):
             raise ValueError(
                 f"scenario_limit {self.scenario_limit} is below min_kept {self.min_kept}: vetting could never pass"
             )
@@ -177,7 +224,9 @@ class Experiment(_Options):
         if not self.prefill_only:
             return list(self.position)
         prompt_positions = [p for p in self.position if p.startswith("prompt")]
-        return prompt_positions or [{"last": "prompt[-1]", "first": "prompt[0]", "mean": "prompt[:]"}[self.token_position]]
+        return prompt_positions or [
+            {"last": "prompt[-1]", "first": "prompt[0]", "mean": "prompt[:]"}[self.token_position]
+        ]
 
     def response_length(self, *, base: bool) -> int:
         if self.max_new_tokens is not None:
@@ -233,7 +282,9 @@ def parse_experiment(name: str, values: Mapping[str, Any], *, where: str) -> Exp
         option = ".".join(str(part) for part in first["loc"]) or "config"
         message = first["msg"].removeprefix("Value error, ")
         if first["type"] == "missing":
-            raise UserError(f"option `{option}` is missing", where=where, remedy=f"add `{option}: …`") from error
+            raise UserError(
+                f"option `{option}` is missing", where=where, remedy=f"add `{option}: …`"
+            ) from error
         raise UserError(f"option `{option}`: {message}", where=where, remedy="correct this value") from error
     _check_grammars(experiment, where)
     return experiment
@@ -246,7 +297,9 @@ def _check_grammars(experiment: Experiment, where: str) -> None:
     for position in experiment.position:
         Position.parse(position)
     if not experiment.positions:
-        raise UserError("option `position` is empty", where=where, remedy="name at least one, e.g. response[:]")
+        raise UserError(
+            "option `position` is empty", where=where, remedy="name at least one, e.g. response[:]"
+        )
     for name, spec in (("layers", experiment.layers), ("steer.layers", experiment.steer.layers)):
         if spec is not None:
             try:
@@ -266,7 +319,9 @@ def list_experiments(root: Path) -> list[str]:
     """Names of the folders under `root` that hold a config file."""
     if not root.is_dir():
         return []
-    return sorted(p.name for p in root.iterdir() if EXPERIMENT_NAME.match(p.name) and config_path(root, p.name))
+    return sorted(
+        p.name for p in root.iterdir() if EXPERIMENT_NAME.match(p.name) and config_path(root, p.name)
+    )
 
 
 def load_experiment(root: Path, name: str) -> Experiment:

@@ -15,26 +15,16 @@ from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import yaml
 
 from storage.errors import UserError
 from trait_assets import paths, pipeline
 from trait_assets.definitions import build_defs, default_resources
 from trait_assets.experiments import Experiment
 from trait_assets.partitions import contiguous_ranges, known_traits, register
+from trait_assets.pipeline import PIPELINE, TABLES, stages_of
 from trait_assets.stage import TRAITS_PER_RUN, asset_key, observe
 
-# stage → what must be there before it, in the order of the pipeline
-PIPELINE = (
-    "scenarios",
-    "vetted_scenarios",
-    "responses",
-    "vetted_responses",
-    "activations",
-    "vectors",
-    "vector_evaluation",
-    "steering_results",
-)
-TABLES = {"extraction_evaluation": "vector_evaluation", "steering_summary": "steering_results"}
 POOL_LIMITS = {"gpu": 1, "judge": 4}
 
 
@@ -61,7 +51,9 @@ class LaunchReport:
     @property
     def failures(self) -> dict[str, dict[str, str]]:
         """trait → stage → reason."""
-        failures: dict[str, dict[str, str]] = {trait: {"scenarios": reason} for trait, reason in self.refused.items()}
+        failures: dict[str, dict[str, str]] = {
+            trait: {"scenarios": reason} for trait, reason in self.refused.items()
+        }
         for report in self.stages.values():
             for trait, reason in report.reasons.items():
                 failures.setdefault(trait, {})[report.stage] = reason
@@ -70,7 +62,9 @@ class LaunchReport:
     @property
     def up_to_date(self) -> bool:
         return not self.refused and all(
-            state in ("current", "skipped") for report in self.stages.values() for state in report.states.values()
+            state in ("current", "skipped")
+            for report in self.stages.values()
+            for state in report.states.values()
         )
 
     def hear(self, stage: pipeline.Stage, results: list[pipeline.TraitResult]) -> None:
@@ -99,25 +93,36 @@ def open_instance() -> Iterator[dg.DagsterInstance]:
             set_pool_limits(instance)
             yield instance
         return
-    state = paths.state_root() / "dagster"
-    state.mkdir(parents=True, exist_ok=True)
-    storage = {"base_dir": str(state)}
-    overrides = {
-        "storage": {"sqlite": storage},
-        "local_artifact_storage": {
-            "module": "dagster._core.storage.root",
-            "class": "LocalArtifactStorage",
-            "config": storage,
-        },
-        # the terminal belongs to the progress bars; the events of the run are kept all the same
-        "compute_logs": {
-            "module": "dagster._core.storage.noop_compute_log_manager",
-            "class": "NoOpComputeLogManager",
-        },
-    }
-    with dg.DagsterInstance.from_config(str(paths.REPOSITORY), overrides=overrides) as instance:
+    with dg.DagsterInstance.from_config(str(instance_folder("cli"))) as instance:
         set_pool_limits(instance)
         yield instance
+
+
+def instance_folder(use: str) -> Path:
+    """A folder whose dagster.yaml is the repository's with absolute paths into the state folder.
+
+    For `cli` without captured output: the terminal belongs to the progress bars, and the events are kept all the same.
+    """
+    state = paths.state_root().resolve()
+    config = yaml.safe_load((paths.REPOSITORY / "dagster.yaml").read_text(encoding="utf-8"))
+    history = str(state / "dagster")
+    config["storage"]["sqlite"]["base_dir"] = history
+    config["local_artifact_storage"]["config"]["base_dir"] = history
+    config["compute_logs"]["config"]["base_dir"] = str(state / "dagster" / "compute_logs")
+    if use == "cli":
+        config["compute_logs"] = {
+            "module": "dagster._core.storage.noop_compute_log_manager",
+            "class": "NoOpComputeLogManager",
+        }
+    folder = state / "instance" / use
+    folder.mkdir(parents=True, exist_ok=True)
+    target = folder / "dagster.yaml"
+    text = yaml.safe_dump(config, sort_keys=False)
+    if not target.is_file() or target.read_text(encoding="utf-8") != text:
+        temporary = folder / f"dagster.yaml.{os.getpid()}"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(target)
+    return folder
 
 
 def set_pool_limits(instance: dg.DagsterInstance) -> None:
@@ -127,16 +132,6 @@ def set_pool_limits(instance: dg.DagsterInstance) -> None:
     for pool, limit in POOL_LIMITS.items():
         if pool not in have:
             instance.event_log_storage.set_concurrency_slots(pool, limit)
-
-
-def stages_of(experiment: Experiment) -> list[str]:
-    """The per-trait stages that this experiment's graph has, in order."""
-    left_out = set()
-    if experiment.prefill_only:
-        left_out |= {"vetted_scenarios", "responses", "vetted_responses"}
-    if not experiment.steering:
-        left_out.add("steering_results")
-    return [stage for stage in PIPELINE if stage not in left_out]
 
 
 @dataclass
@@ -218,7 +213,8 @@ class Launcher:
             if event.is_step_failure and event.step_failure_data.error is not None
         ]
         raise RuntimeError(
-            f"Dagster run {result.run_id} failed outside the stages:\n" + ("\n".join(failures) or "no step failure")
+            f"Dagster run {result.run_id} failed outside the stages:\n"
+            + ("\n".join(failures) or "no step failure")
         )
 
     def _run_config(self) -> dict[str, Any]:
@@ -227,7 +223,7 @@ class Launcher:
                 "config": {
                     "options": self.overrides,
                     "force": self.force,
-                    "progress": "bars" if self.bars else "log",
+                    "progress": "bars" if self.bars else "lines",
                 }
             }
         }
@@ -296,7 +292,9 @@ def check_models(experiment: Experiment, models: dict[str, Any]) -> None:
     """Refuse an unknown model before anything runs. Needs no weights."""
     resource = type(default_resources()["models"])(**models)
     resource.identify(
-        resource.spec(experiment.extraction_model, experiment.extraction_revision, experiment.extraction_adapter)
+        resource.spec(
+            experiment.extraction_model, experiment.extraction_revision, experiment.extraction_adapter
+        )
     )
     if experiment.steering:
         resource.identify(

@@ -38,6 +38,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("trait_assets")
 
+# per-trait stages in the order of the pipeline
+PIPELINE = (
+    "scenarios",
+    "vetted_scenarios",
+    "responses",
+    "vetted_responses",
+    "activations",
+    "vectors",
+    "vector_evaluation",
+    "steering_results",
+)
+# table over all traits → the stage that it lies over
+TABLES = {"extraction_evaluation": "vector_evaluation", "steering_summary": "steering_results"}
+
 RECORDED_LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "dagster")
 
 
@@ -57,6 +71,16 @@ class Judges(Protocol):
     def identity(self) -> dict[str, Any]: ...
 
     def judge(self, cache_for: CacheFor, reference: ReferenceLogprob | None = None) -> Judge: ...
+
+
+def stages_of(experiment: Experiment) -> list[str]:
+    """The per-trait stages that an experiment's graph has, in order."""
+    left_out = set()
+    if experiment.prefill_only:
+        left_out |= {"vetted_scenarios", "responses", "vetted_responses"}
+    if not experiment.steering:
+        left_out.add("steering_results")
+    return [stage for stage in PIPELINE if stage not in left_out]
 
 
 @dataclass(frozen=True)

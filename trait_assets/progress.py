@@ -72,6 +72,20 @@ class LogProgress:
             task.close()
 
 
+class LinesProgress(LogProgress):
+    """The same lines on stderr, for a command whose output is not a terminal."""
+
+    def __init__(self) -> None:
+        log = logging.getLogger("trait_assets.progress")
+        if not log.handlers:
+            handler = logging.StreamHandler()
+            handler.setFormatter(logging.Formatter("%(message)s"))
+            log.addHandler(handler)
+            log.propagate = False
+            log.setLevel(logging.INFO)
+        super().__init__(log)
+
+
 class RichTask:
     def __init__(self, bar: Any, task_id: Any) -> None:
         self._bar = bar
@@ -100,7 +114,14 @@ class RichProgress:
 
     @contextmanager
     def task(self, description: str, total: int | None) -> Iterator[RichTask]:
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            SpinnerColumn,
+            TextColumn,
+            TimeElapsedColumn,
+        )
 
         with Progress(
             SpinnerColumn(),

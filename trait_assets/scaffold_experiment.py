@@ -22,13 +22,24 @@ def write_experiment(
         given["traits"] = list(traits)
     parse_experiment(name, given, where="new-experiment")
     if (existing := config_path(root, name)) is not None:
-        raise UserError("the experiment exists", where=str(existing), remedy="edit it, or choose another name")
-    lines = [yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip(), "", "# Options and their defaults:"]
+        raise UserError(
+            "the experiment exists", where=str(existing), remedy="edit it, or choose another name"
+        )
+    lines = [
+        yaml.safe_dump(given, sort_keys=False, allow_unicode=True).rstrip(),
+        "",
+        "# Options and their defaults:",
+    ]
     for option, field in Experiment.model_fields.items():
         if option in given or option in ("name", "steer"):
             continue
         default = field.get_default(call_default_factory=True)
-        text = yaml.safe_dump({option: default}, default_flow_style=True, width=1000).strip().removeprefix("{").removesuffix("}")
+        text = (
+            yaml.safe_dump({option: default}, default_flow_style=True, width=1000)
+            .strip()
+            .removeprefix("{")
+            .removesuffix("}")
+        )
         lines.append(f"# {text}" + (f"   # {field.description}" if field.description else ""))
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)

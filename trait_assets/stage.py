@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import dagster as dg
 from pydantic import Field
@@ -19,7 +19,7 @@ from trait_assets.automation import keep_fresh, refresh_table
 from trait_assets.experiments import Experiment, load_experiment
 from trait_assets.partitions import traits_partitions
 from trait_assets.paths import dataset_root, experiments_root
-from trait_assets.progress import LogProgress, Progress, RichProgress
+from trait_assets.progress import LinesProgress, LogProgress, Progress, RichProgress
 
 if TYPE_CHECKING:
     from resources.judges.resource import JudgeResource
@@ -46,7 +46,9 @@ class OverridesResource(dg.ConfigurableResource):
 
     options: dict[str, Any] = Field(default_factory=dict, description="option → value, as in config.yaml")
     force: bool = Field(False, description="Recompute also what is up to date.")
-    progress: str = Field("log", description="`bars` on a terminal, `log` elsewhere.")
+    progress: Literal["bars", "lines", "log"] = Field(
+        "log", description="bars or lines on a terminal, else the run's log."
+    )
 
 
 def make_context(
@@ -63,7 +65,13 @@ def make_context(
         effective = Experiment(name="shared", extraction_model="none")
     else:
         effective = load_experiment(experiments_root(), experiment.name).with_overrides(overrides.options)
-    progress: Progress = RichProgress() if overrides.progress == "bars" else LogProgress(context.log)
+    progress: Progress
+    if overrides.progress == "bars":
+        progress = RichProgress()
+    elif overrides.progress == "lines":
+        progress = LinesProgress()
+    else:
+        progress = LogProgress(context.log)
     return pipeline.StageContext(
         experiment=effective,
         workspace=store.open(),
@@ -118,7 +126,8 @@ def run_table(
         raise dg.Failure(description=result.reason, allow_retries=False)
     assert result.manifest is not None
     return dg.MaterializeResult(
-        metadata=result_metadata(ctx.workspace, result), data_version=dg.DataVersion(result.manifest.fingerprint)
+        metadata=result_metadata(ctx.workspace, result),
+        data_version=dg.DataVersion(result.manifest.fingerprint),
     )
 
 
@@ -227,7 +236,10 @@ def table_value(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue:
     kinds = {name: kind(name) for name in columns}
     records = [
         dg.TableRecord(
-            {n: (str(row[n]) if kinds[n] == "string" and row.get(n) is not None else plain(row.get(n))) for n in columns}
+            {
+                n: (str(row[n]) if kinds[n] == "string" and row.get(n) is not None else plain(row.get(n)))
+                for n in columns
+            }
         )
         for row in rows
     ]
@@ -263,7 +275,10 @@ def trait_asset_options(
     """What every trait asset declares; the same everywhere, so that a batch of traits stays one run."""
     return {
         "key": asset_key(experiment, stage.name),
-        "deps": [*(asset_key(None, dep) for dep in shared_deps), *(asset_key(experiment, dep) for dep in deps)],
+        "deps": [
+            *(asset_key(None, dep) for dep in shared_deps),
+            *(asset_key(experiment, dep) for dep in deps),
+        ],
         "partitions_def": traits_partitions,
         "backfill_policy": BATCH,
         "group_name": experiment.name.replace("-", "_") if experiment else "scenarios",

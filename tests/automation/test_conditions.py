@@ -1,6 +1,5 @@
 """`keep_fresh` and `refresh_table` by simulated ticks: what they ask for, and what they never ask for."""
 
-
 import datetime as dt
 
 import dagster as dg

@@ -1,6 +1,5 @@
 """The folder sensor: new, changed, deleted and broken trait folders."""
 
-
 import json
 from pathlib import Path
 

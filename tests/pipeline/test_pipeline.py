@@ -84,7 +84,11 @@ def test_a_changed_option_recomputes_its_trait_alone(ctx):
     stage = Doubling({"t/a": 1, "t/b": 2, "t/c": 3})
     run(stage, ctx)
     stage.numbers["t/b"] = 20
-    assert {t: r.state for t, r in run(stage, ctx).items()} == {"t/a": "current", "t/b": "done", "t/c": "current"}
+    assert {t: r.state for t, r in run(stage, ctx).items()} == {
+        "t/a": "current",
+        "t/b": "done",
+        "t/c": "current",
+    }
     assert ctx.workspace.store.read_json("e/t/b/double.json") == {"double": 40}
 
 

@@ -31,6 +31,8 @@ def activations_asset(experiment: Experiment) -> dg.AssetsDefinition:
         store: StoreResource,
         overrides: OverridesResource,
     ) -> dg.MaterializeResult:
-        return run_stage(context, ACTIVATIONS, make_context(context, experiment, models, judges, store, overrides))
+        return run_stage(
+            context, ACTIVATIONS, make_context(context, experiment, models, judges, store, overrides)
+        )
 
     return activations

@@ -67,7 +67,11 @@ class ActivationsStage:
             inputs["vetted_responses"] = vetting.fingerprint if e.vetting_filter else "not filtered"
         model = ctx.models.identify(ctx.extraction_spec()).record()
         row_options = {"row": "capture/1", "model": model, "layers": e.layers, "base_model": e.base_model}
-        payload = self._prefill_rows(ctx, trait, row_options) if e.prefill_only else self._rows(ctx, trait, row_options)
+        payload = (
+            self._prefill_rows(ctx, trait, row_options)
+            if e.prefill_only
+            else self._rows(ctx, trait, row_options)
+        )
         for polarity in POLARITIES:
             n = sum(row.polarity == polarity for row in payload.rows)
             if n < 2:
@@ -91,7 +95,9 @@ class ActivationsStage:
         failed: dict[str, str] = {}
         manifest = ctx.workspace.manifests.read(e.name, "vetted_responses", trait)
         if e.vetting_filter and manifest is not None and manifest.status == "done":
-            scores = ctx.workspace.store.read_json(keys.extraction(e.name, trait, "vetting", "response_scores.json"))
+            scores = ctx.workspace.store.read_json(
+                keys.extraction(e.name, trait, "vetting", "response_scores.json")
+            )
             failed = {row["key"]: row["verdict"] for row in scores["results"] if row["verdict"] != "kept"}
         rows, left_out = [], defaultdict(int)
         for polarity, file in (("positive", "pos.json"), ("negative", "neg.json")):
@@ -103,10 +109,15 @@ class ActivationsStage:
                 if not record["response_token_ids"] and all(p.startswith("response") for p in e.positions):
                     left_out["empty response"] += 1
                     continue
-                prompt_ids, response_ids = tuple(record["prompt_token_ids"]), tuple(record["response_token_ids"])
+                prompt_ids, response_ids = (
+                    tuple(record["prompt_token_ids"]),
+                    tuple(record["response_token_ids"]),
+                )
                 rows.append(
                     _Row(
-                        key=fingerprint({**row_options, "prompt_ids": prompt_ids, "response_ids": response_ids}),
+                        key=fingerprint(
+                            {**row_options, "prompt_ids": prompt_ids, "response_ids": response_ids}
+                        ),
                         polarity=polarity,
                         index=record["scenario_index"],
                         line=record["line"],
@@ -150,7 +161,9 @@ class ActivationsStage:
             needed = _tensor_names(plan.options)
             known = {} if ctx.force else {**self._stored(ctx, plan), **journals[plan.trait].load()}
             wanted = {row.key for row in plan.payload.rows}
-            have[plan.trait] = {key: value for key, value in known.items() if key in wanted and needed <= set(value)}
+            have[plan.trait] = {
+                key: value for key, value in known.items() if key in wanted and needed <= set(value)
+            }
             missing = wanted - set(have[plan.trait])
             open_keys[plan.trait], fresh[plan.trait] = set(missing), len(missing)
             for row in plan.payload.rows:
@@ -205,7 +218,10 @@ class ActivationsStage:
         with ctx.progress.task(f"activations · {len(rows)} rows", len(rows)) as task:
             for captured in model.capture(rows, positions, components, layers):
                 task.advance(1, tokens=tokens[captured.key])
-                tensors = {"norms": captured.norms.astype(np.float32), "layers": np.asarray(layers, dtype=np.int64)}
+                tensors = {
+                    "norms": captured.norms.astype(np.float32),
+                    "layers": np.asarray(layers, dtype=np.int64),
+                }
                 tensors["n_layers"] = np.asarray([model.n_layers], dtype=np.int64)
                 for position in positions:
                     for component in components:
@@ -241,7 +257,12 @@ class ActivationsStage:
         return dict(rows)
 
     def _finish(
-        self, ctx: StageContext, plan: Plan, captured: dict[str, dict[str, np.ndarray]], journal: Any, fresh: int
+        self,
+        ctx: StageContext,
+        plan: Plan,
+        captured: dict[str, dict[str, np.ndarray]],
+        journal: Any,
+        fresh: int,
     ) -> Outcome:
         try:
             outcome = build_activations(ctx, plan, captured)
@@ -272,7 +293,10 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
     name_of = {row.key: f"{row.polarity}:{row.index}" for row in rows}
     by_name = {f"{row.polarity}:{row.index}": row for row in rows}
     split = split_rows(
-        [RowInfo(name, row.polarity, row.index, row.text, row.pair, row.system) for name, row in by_name.items()],
+        [
+            RowInfo(name, row.polarity, row.index, row.text, row.pair, row.system)
+            for name, row in by_name.items()
+        ],
         val_split=e.val_split,
         seed=e.seed,
     )
@@ -290,7 +314,9 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
             excluded = [{"key": key, "reason": reason} for key, reason in split.excluded.items()]
             parts: dict[str, list[_Row]] = {"train": [], "val": []}
             for part, members in (("train", split.train), ("val", split.val)):
-                for name in sorted(members, key=lambda k: (by_name[k].polarity != "positive", by_name[k].index)):
+                for name in sorted(
+                    members, key=lambda k: (by_name[k].polarity != "positive", by_name[k].index)
+                ):
                     if captured[by_name[name].key][site].size:
                         parts[part].append(by_name[name])
                     else:
@@ -404,4 +430,6 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
         else None,
         "notes": "; ".join([*plan.payload.notes, *split.notes]) or None,
     }
-    return Outcome(trait, files=files, summary=summary, metrics=metrics, tables={"sites": table}, checks=checks)
+    return Outcome(
+        trait, files=files, summary=summary, metrics=metrics, tables={"sites": table}, checks=checks
+    )

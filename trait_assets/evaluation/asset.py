@@ -62,7 +62,9 @@ def extraction_evaluation_asset(experiment: Experiment) -> dg.AssetsDefinition:
         overrides: OverridesResource,
     ) -> dg.MaterializeResult:
         return run_table(
-            context, EXTRACTION_EVALUATION, make_context(context, experiment, models, judges, store, overrides)
+            context,
+            EXTRACTION_EVALUATION,
+            make_context(context, experiment, models, judges, store, overrides),
         )
 
     return extraction_evaluation

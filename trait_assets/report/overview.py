@@ -20,7 +20,15 @@ if TYPE_CHECKING:
     from trait_assets.experiments import Experiment
     from trait_assets.launch import LaunchReport
 
-STATE_MARK = {"current": "✓", "done": "✓", "skipped": "–", "failed": "✗", "missing": "·", "damaged": "!", "stale": "≠"}
+STATE_MARK = {
+    "current": "✓",
+    "done": "✓",
+    "skipped": "–",
+    "failed": "✗",
+    "missing": "·",
+    "damaged": "!",
+    "stale": "≠",
+}
 
 
 def _summary(workspace: Workspace, experiment: str | None, stage: str, trait: str | None) -> dict[str, Any]:
@@ -102,7 +110,16 @@ def print_results(
     from rich.table import Table
 
     table = Table(title=f"Experiment {experiment.name}: vectors", title_justify="left")
-    for column in ("trait", "rows kept", "contrast", "best vector", "held-out accuracy", "AUC", "d", "‖v‖/‖h‖"):
+    for column in (
+        "trait",
+        "rows kept",
+        "contrast",
+        "best vector",
+        "held-out accuracy",
+        "AUC",
+        "d",
+        "‖v‖/‖h‖",
+    ):
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(
@@ -119,7 +136,10 @@ def print_results(
         )
     console.print(table)
     if experiment.steering:
-        steering = Table(title=f"Experiment {experiment.name}: steering of {experiment.steered_model}", title_justify="left")
+        steering = Table(
+            title=f"Experiment {experiment.name}: steering of {experiment.steered_model}",
+            title_justify="left",
+        )
         for column in (
             "trait",
             "vector and dose",
@@ -184,7 +204,9 @@ def print_report(
 ) -> None:
     """What a run did, then what the experiment now holds, then where it is."""
     if report.up_to_date:
-        console.print("[green]Everything is up to date: no token generated, no judge called, no model loaded.[/green]")
+        console.print(
+            "[green]Everything is up to date: no token generated, no judge called, no model loaded.[/green]"
+        )
     else:
         for stage in report.stages.values():
             counts: dict[str, int] = {}
@@ -202,7 +224,9 @@ def print_report(
             for trait, detail in stage.details.items():
                 console.print(f"[dim]{trait}, {stage.stage}\n{detail}[/dim]", highlight=False)
     if any(stage.index_behind for stage in report.stages.values()):
-        console.print("[yellow]The metrics index was locked and is behind; `traits rebuild-index` catches up.[/yellow]")
+        console.print(
+            "[yellow]The metrics index was locked and is behind; `traits rebuild-index` catches up.[/yellow]"
+        )
     rows = [trait_row(workspace, experiment, trait) for trait in traits]
     print_results(console, workspace, experiment, rows)
     console.print(f"Files: {workspace.store.describe(experiment.name)}", soft_wrap=True)

@@ -33,7 +33,9 @@ def responses_asset(experiment: Experiment) -> dg.AssetsDefinition:
         store: StoreResource,
         overrides: OverridesResource,
     ) -> dg.MaterializeResult:
-        return run_stage(context, RESPONSES, make_context(context, experiment, models, judges, store, overrides))
+        return run_stage(
+            context, RESPONSES, make_context(context, experiment, models, judges, store, overrides)
+        )
 
     return responses
 

@@ -54,7 +54,10 @@ class ResponsesStage:
                     where=trait,
                     remedy="see vetted_scenarios: lower the thresholds, mend the scenarios, or use --no-vet-scenarios",
                 )
-        rows = [_Row(s, fingerprint({**options, "prompt": s.prompt, "system": s.system_prompt})) for s in scenarios]
+        rows = [
+            _Row(s, fingerprint({**options, "prompt": s.prompt, "system": s.system_prompt}))
+            for s in scenarios
+        ]
         return Plan(trait, inputs, {**options, "scenario_limit": experiment.scenario_limit}, payload=rows)
 
     def row_options(self, ctx: StageContext) -> dict[str, Any]:

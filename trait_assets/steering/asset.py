@@ -39,7 +39,9 @@ def steering_results_asset(experiment: Experiment) -> dg.AssetsDefinition:
         store: StoreResource,
         overrides: OverridesResource,
     ) -> dg.MaterializeResult:
-        return run_stage(context, STEERING, make_context(context, experiment, models, judges, store, overrides))
+        return run_stage(
+            context, STEERING, make_context(context, experiment, models, judges, store, overrides)
+        )
 
     return steering_results
 

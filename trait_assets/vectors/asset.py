@@ -29,6 +29,8 @@ def vectors_asset(experiment: Experiment) -> dg.AssetsDefinition:
         store: StoreResource,
         overrides: OverridesResource,
     ) -> dg.MaterializeResult:
-        return run_stage(context, VECTORS, make_context(context, experiment, models, judges, store, overrides))
+        return run_stage(
+            context, VECTORS, make_context(context, experiment, models, judges, store, overrides)
+        )
 
     return vectors
