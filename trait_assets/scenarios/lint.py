@@ -451,6 +451,123 @@ def instructs(text: str) -> str | None:
     return found.group().strip(" .!?:;…") if found else None
 
 
+@dataclass(frozen=True)
+class LineRule:
+    """A rule on one prompt by itself. `text_only`: it is about files of one prompt per line."""
+
+    code: str
+    severity: Severity
+    hits: Callable[[str], Any]
+    message: str
+    remedy: str
+    text_only: bool = False
+
+
+LINE_RULES: tuple[LineRule, ...] = (
+    LineRule(
+        "bare-role",
+        "error",
+        _BARE_ROLE.fullmatch,
+        "is a bare speaker's mark: a prompt of several lines was flattened into a file of one per line",
+        "put such prompts into a .jsonl file, with \\n inside",
+    ),
+    LineRule(
+        "role-prefix",
+        "warning",
+        lambda p: _ROLE_PREFIX.match(p) and "\n" not in p,
+        "begins with a speaker's mark; the chat template adds its own",
+        "keep only what is said",
+    ),
+    LineRule(
+        "template-token",
+        "warning",
+        _TEMPLATE_TOKEN.search,
+        "holds a chat template's own token",
+        "delete it",
+    ),
+    LineRule(
+        "literal-escape",
+        "warning",
+        _LITERAL_ESCAPE.search,
+        "holds an escape sequence as text, such as backslash n",
+        "write the character, or use .jsonl for prompts of several lines",
+        text_only=True,
+    ),
+    LineRule("html-entity", "warning", _ENTITY.search, "holds an HTML entity", "write the character itself"),
+    LineRule(
+        "comment",
+        "warning",
+        lambda p: p.startswith("#"),
+        "begins with #, and there are no comments: it is read as a prompt",
+        "delete the line",
+        text_only=True,
+    ),
+    LineRule(
+        "list-mark",
+        "warning",
+        _LIST_MARK.match,
+        "begins with a list's number or bullet",
+        "delete the mark",
+    ),
+    LineRule(
+        "json-in-txt",
+        "error",
+        lambda p: re.match(r'\{\s*"prompt"\s*:', p),
+        "is a JSON object in a .txt file, and would be shown to the model as it stands",
+        "rename the file to .jsonl",
+        text_only=True,
+    ),
+    LineRule(
+        "quoted-line",
+        "warning",
+        lambda p: len(p) > 1 and p[0] == p[-1] == '"' and '"' not in p[1:-1],
+        "is wrapped in quotes as a whole, as a spreadsheet exports it",
+        "remove the outer quotes",
+    ),
+    LineRule(
+        "unknown-placeholder",
+        "warning",
+        lambda p: TEMPLATE_FIELD.search(p) or _BRACKETS.search(p),
+        "holds a placeholder, and nothing fills it in",
+        "write the words themselves",
+    ),
+    LineRule(
+        "too-short",
+        "warning",
+        lambda p: len(words(p)) < 3,
+        "has fewer than three words, too little to elicit anything",
+        "write a situation",
+    ),
+    LineRule(
+        "ends-in-quote",
+        "info",
+        lambda p: p[-1] in "\"'“”«»„",
+        "ends in a quotation mark, so the model begins with a quotation's first word",
+        "make sure that both sides do so equally often",
+    ),
+    LineRule(
+        "open-quote",
+        "info",
+        lambda p: p.count('"') % 2 == 1 and p[-1] != '"',
+        "holds an odd number of double quotes (speech that the model continues)",
+        "make sure that both sides do so equally often",
+    ),
+)
+
+
+def line_faults(prompt: str, label: str) -> list[str]:
+    """Codes of the errors and warnings that a prompt earns by itself, for whoever screens texts before they
+    are in a file. `label`: the trait's name, which the text should not say."""
+    found = [rule.code for rule in LINE_RULES if rule.severity != "info" and rule.hits(prompt)]
+    found += [code for code, pattern, *_ in _CHARACTERS if pattern.search(prompt)]
+    if instructs(prompt) is not None:
+        found.append("instruction")
+    named = trait_name_pattern(label)
+    if named is not None and named.search(prompt):
+        found.append("names-trait")
+    return found
+
+
 def _one_side(
     read: FolderRead,
     polarity: Polarity,
@@ -461,12 +578,6 @@ def _one_side(
     name = read.files[polarity]
     file = read.path_of(name)
     findings: list[Finding] = []
-
-    def where(rule: Callable[[str], Any]) -> list[int]:
-        return [s.line for s in scenarios if rule(s.prompt)]
-
-    def say(rule: Callable[[str], Any], severity: Severity, code: str, message: str, remedy: str) -> None:
-        findings.extend(at_lines(file, where(rule), severity, code, message, remedy))
 
     n = len(scenarios)
     if n < ENOUGH:
@@ -481,79 +592,11 @@ def _one_side(
                 "write 100 or more: a fifth is held out, and vetting takes some away",
             )
         )
-    say(
-        _BARE_ROLE.fullmatch,
-        "error",
-        "bare-role",
-        "is a bare speaker's mark: a prompt of several lines was flattened into a file of one per line",
-        "put such prompts into a .jsonl file, with \\n inside",
-    )
-    say(
-        lambda p: _ROLE_PREFIX.match(p) and "\n" not in p,
-        "warning",
-        "role-prefix",
-        "begins with a speaker's mark; the chat template adds its own",
-        "keep only what is said",
-    )
-    say(_TEMPLATE_TOKEN.search, "warning", "template-token", "holds a chat template's own token", "delete it")
-    say(
-        lambda p: name.endswith(".txt") and _LITERAL_ESCAPE.search(p),
-        "warning",
-        "literal-escape",
-        "holds an escape sequence as text, such as backslash n",
-        "write the character, or use .jsonl for prompts of several lines",
-    )
-    say(_ENTITY.search, "warning", "html-entity", "holds an HTML entity", "write the character itself")
-    say(
-        lambda p: name.endswith(".txt") and p.startswith("#"),
-        "warning",
-        "comment",
-        "begins with #, and there are no comments: it is read as a prompt",
-        "delete the line",
-    )
-    say(_LIST_MARK.match, "warning", "list-mark", "begins with a list's number or bullet", "delete the mark")
-    say(
-        lambda p: name.endswith(".txt") and re.match(r'\{\s*"prompt"\s*:', p),
-        "error",
-        "json-in-txt",
-        "is a JSON object in a .txt file, and would be shown to the model as it stands",
-        "rename the file to .jsonl",
-    )
-    say(
-        lambda p: len(p) > 1 and p[0] == p[-1] == '"' and '"' not in p[1:-1],
-        "warning",
-        "quoted-line",
-        "is wrapped in quotes as a whole, as a spreadsheet exports it",
-        "remove the outer quotes",
-    )
-    say(
-        lambda p: TEMPLATE_FIELD.search(p) or _BRACKETS.search(p),
-        "warning",
-        "unknown-placeholder",
-        "holds a placeholder, and nothing fills it in",
-        "write the words themselves",
-    )
-    say(
-        lambda p: len(words(p)) < 3,
-        "warning",
-        "too-short",
-        "has fewer than three words, too little to elicit anything",
-        "write a situation",
-    )
-    say(
-        lambda p: p[-1] in "\"'“”«»„",
-        "info",
-        "ends-in-quote",
-        "ends in a quotation mark, so the model begins with a quotation's first word",
-        "make sure that both sides do so equally often",
-    )
-    say(
-        lambda p: p.count('"') % 2 == 1 and p[-1] != '"',
-        "info",
-        "open-quote",
-        "holds an odd number of double quotes (speech that the model continues)",
-        "make sure that both sides do so equally often",
-    )
+    for rule in LINE_RULES:
+        if rule.text_only and not name.endswith(".txt"):
+            continue
+        lines = [x.line for x in scenarios if rule.hits(x.prompt)]
+        findings += at_lines(file, lines, rule.severity, rule.code, rule.message, rule.remedy)
     findings += _too_long(file, scenarios, count_tokens, context_tokens)
     findings += _instructed(file, scenarios)
     findings += _named(file, read.label, scenarios)
