@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import dagster as dg
 
@@ -16,7 +17,8 @@ from trait_assets.partitions import TRAITS, known_traits, traits_partitions
 from trait_assets.paths import dataset_root
 
 SWEEP = "0 * * * *"
-AC = dg.AutomationCondition
+# the methods' annotations disagree about what a condition is over
+AC: Any = dg.AutomationCondition
 
 
 def keep_fresh(sweep: str = SWEEP) -> dg.AutomationCondition:

@@ -82,7 +82,9 @@ def stage_checks(experiment: Experiment | None, stage: str) -> dg.AssetChecksDef
                 if not record["passed"]:
                     failed[name].append(trait)
                 if len(traits) > 1:
-                    op_context.log_event(
+                    # the op context takes check evaluations; its annotation does not say so
+                    log_event: Any = op_context.log_event
+                    log_event(
                         dg.AssetCheckEvaluation(
                             asset_key=key,
                             check_name=name,

@@ -257,10 +257,9 @@ def materialise(
         document = overview.report_json(open_workspace(), effective, selection.traits, report)
         typer.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
     else:
-        from rich.console import Console
-
-        console = Console()
-        overview.print_report(console, open_workspace(), effective, selection.traits, report, verbose=verbose)
+        overview.print_report(
+            overview.console(), open_workspace(), effective, selection.traits, report, verbose=verbose
+        )
     return bool(report.failures)
 
 
@@ -293,9 +292,7 @@ def show(
         if as_json:
             typer.echo(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False))
         else:
-            from rich.console import Console
-
-            overview.print_results(Console(), workspace, config, rows)
+            overview.print_results(overview.console(), workspace, config, rows)
 
 
 @app.command()
@@ -316,9 +313,7 @@ def status(
         if as_json:
             typer.echo(json.dumps(rows, indent=2, ensure_ascii=False, allow_nan=False))
         else:
-            from rich.console import Console
-
-            overview.print_status(Console(), config, rows, stages_of(config))
+            overview.print_status(overview.console(), config, rows, stages_of(config))
 
 
 @app.command("new-experiment")

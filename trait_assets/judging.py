@@ -81,11 +81,10 @@ class _VettingStage:
                     judgements = []
 
     def _outcome(self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Any) -> Outcome:
-        e, trait = ctx.experiment, plan.trait
-        assert trait is not None
+        e, trait = ctx.experiment, plan.owner
         vetting = apply_thresholds(
             [
-                Candidate(row.name, row.polarity, judgement, row.text, row.pair)  # type: ignore[arg-type]
+                Candidate(row.name, row.polarity, judgement, row.text, row.pair)
                 for row, judgement in zip(plan.payload, judgements, strict=True)
             ],
             pos_threshold=e.pos_threshold,

@@ -135,6 +135,13 @@ class Plan:
     skipped: str | None = None
     fingerprint: str = ""
 
+    @property
+    def owner(self) -> str:
+        """The trait of a per-trait plan; a table's plan has none."""
+        if self.trait is None:
+            raise ValueError("a table over all traits has no trait of its own")
+        return self.trait
+
 
 @dataclass
 class Outcome:

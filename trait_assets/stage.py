@@ -45,9 +45,9 @@ class OverridesResource(dg.ConfigurableResource):
     """
 
     options: dict[str, Any] = Field(default_factory=dict, description="option → value, as in config.yaml")
-    force: bool = Field(False, description="Recompute also what is up to date.")
+    force: bool = Field(default=False, description="Recompute also what is up to date.")
     progress: Literal["bars", "lines", "log"] = Field(
-        "log", description="bars or lines on a terminal, else the run's log."
+        default="log", description="bars or lines on a terminal, else the run's log."
     )
 
 

@@ -70,7 +70,7 @@ def test_prefill_only_keeps_prompt_positions_that_are_asked_for():
     ],
 )
 def test_a_bad_option_is_named(values, message):
-    with pytest.raises(UserError, match=".*") as error:
+    with pytest.raises(UserError) as error:
         parse(**values)
     assert message in str(error.value)
 

@@ -18,7 +18,7 @@ from storage import keys
 from storage.errors import ArtifactError, UserError
 from storage.manifest import fingerprint
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
-from trait_assets.scenarios.selection import POLARITIES, kept_scenarios, read_scenario_set, subset
+from trait_assets.scenarios.selection import POLARITIES, read_scenario_set, subset
 
 if TYPE_CHECKING:
     import numpy as np
@@ -99,7 +99,8 @@ class ActivationsStage:
                 keys.extraction(e.name, trait, "vetting", "response_scores.json")
             )
             failed = {row["key"]: row["verdict"] for row in scores["results"] if row["verdict"] != "kept"}
-        rows, left_out = [], defaultdict(int)
+        rows: list[_Row] = []
+        left_out: dict[str, int] = defaultdict(int)
         for polarity, file in (("positive", "pos.json"), ("negative", "neg.json")):
             for record in ctx.workspace.store.read_json(keys.extraction(e.name, trait, "responses", file)):
                 key = f"{polarity}:{record['scenario_index']}"
@@ -157,22 +158,22 @@ class ActivationsStage:
         open_keys: dict[str, set[str]] = {}
         fresh: dict[str, int] = {}
         for plan in plans:
-            journals[plan.trait] = ctx.workspace.journal(ctx.experiment.name, self.name, plan.trait)
+            journals[plan.owner] = ctx.workspace.journal(ctx.experiment.name, self.name, plan.owner)
             needed = _tensor_names(plan.options)
-            known = {} if ctx.force else {**self._stored(ctx, plan), **journals[plan.trait].load()}
+            known = {} if ctx.force else {**self._stored(ctx, plan), **journals[plan.owner].load()}
             wanted = {row.key for row in plan.payload.rows}
-            have[plan.trait] = {
+            have[plan.owner] = {
                 key: value for key, value in known.items() if key in wanted and needed <= set(value)
             }
-            missing = wanted - set(have[plan.trait])
-            open_keys[plan.trait], fresh[plan.trait] = set(missing), len(missing)
+            missing = wanted - set(have[plan.owner])
+            open_keys[plan.owner], fresh[plan.owner] = set(missing), len(missing)
             for row in plan.payload.rows:
                 if row.key in missing and plan not in waiting[row.key]:
                     waiting[row.key].append(plan)
                     requests.setdefault(row.key, row)
         for plan in plans:
-            if not open_keys[plan.trait]:
-                yield self._finish(ctx, plan, have.pop(plan.trait), journals[plan.trait], fresh[plan.trait])
+            if not open_keys[plan.owner]:
+                yield self._finish(ctx, plan, have.pop(plan.owner), journals[plan.owner], fresh[plan.owner])
         if not requests:
             return
 
@@ -181,12 +182,12 @@ class ActivationsStage:
         for key, tensors in self._capture(ctx, requests, plans[0].options):
             finished = []
             for plan in waiting[key]:
-                have[plan.trait][key] = tensors
-                buffer[plan.trait][key] = tensors
-                open_keys[plan.trait].discard(key)
-                if not open_keys[plan.trait]:
+                have[plan.owner][key] = tensors
+                buffer[plan.owner][key] = tensors
+                open_keys[plan.owner].discard(key)
+                if not open_keys[plan.owner]:
                     # its rows go straight into the artifact
-                    buffer.pop(plan.trait, None)
+                    buffer.pop(plan.owner, None)
                     finished.append(plan)
             if sum(map(len, buffer.values())) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
                 for trait, rows in buffer.items():
@@ -194,7 +195,7 @@ class ActivationsStage:
                 buffer.clear()
                 flushed = time.monotonic()
             for plan in finished:
-                yield self._finish(ctx, plan, have.pop(plan.trait), journals[plan.trait], fresh[plan.trait])
+                yield self._finish(ctx, plan, have.pop(plan.owner), journals[plan.owner], fresh[plan.owner])
 
     def _capture(
         self, ctx: StageContext, requests: dict[str, _Row], options: dict[str, Any]
@@ -218,7 +219,7 @@ class ActivationsStage:
         with ctx.progress.task(f"activations · {len(rows)} rows", len(rows)) as task:
             for captured in model.capture(rows, positions, components, layers):
                 task.advance(1, tokens=tokens[captured.key])
-                tensors = {
+                tensors: dict[str, np.ndarray] = {
                     "norms": captured.norms.astype(np.float32),
                     "layers": np.asarray(layers, dtype=np.int64),
                 }
@@ -236,10 +237,9 @@ class ActivationsStage:
         """Rows of the artifact that stands there now, by capture key, where they are still intact."""
         from storage.tensors import unpack
 
-        assert plan.trait is not None
         manifests = ctx.workspace.manifests
         try:
-            manifest = manifests.read(ctx.experiment.name, self.name, plan.trait)
+            manifest = manifests.read(ctx.experiment.name, self.name, plan.owner)
             if manifest is None or manifest.status != "done" or manifests.verify(manifest):
                 return {}
         except ArtifactError:
@@ -267,7 +267,7 @@ class ActivationsStage:
         try:
             outcome = build_activations(ctx, plan, captured)
         except Exception as error:
-            return Outcome(plan.trait, error=error)
+            return Outcome(plan.owner, error=error)
         outcome.summary["captured_now"] = fresh
         outcome.summary["reused"] = len(captured) - fresh
         outcome.after_commit = journal.clear
@@ -287,8 +287,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
     from trait_assets.activations.dataset import folder
     from trait_assets.activations.split import RowInfo, split_rows
 
-    trait, e = plan.trait, ctx.experiment
-    assert trait is not None
+    trait, e = plan.owner, ctx.experiment
     rows: list[_Row] = plan.payload.rows
     name_of = {row.key: f"{row.polarity}:{row.index}" for row in rows}
     by_name = {f"{row.polarity}:{row.index}": row for row in rows}
@@ -334,14 +333,14 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                         remedy="add scenarios, lower val_split, or choose a position that the rows have",
                     )
             base = folder(e.name, trait, position, component)
-            for part, members in parts.items():
-                if not members:
+            for part, chosen in parts.items():
+                if not chosen:
                     continue
-                stacked = np.stack([captured[row.key][site] for row in members])
+                stacked = np.stack([captured[row.key][site] for row in chosen])
                 files[f"{base}/{part}_all_layers.safetensors"] = pack(
                     {
                         "activations": stacked,
-                        "row_norms": np.stack([captured[row.key]["norms"] for row in members]),
+                        "row_norms": np.stack([captured[row.key]["norms"] for row in chosen]),
                         "layers": np.asarray(layers, dtype=np.int64),
                         "n_layers": np.asarray([n_layers], dtype=np.int64),
                     },
@@ -349,7 +348,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                         "position": position,
                         "component": component,
                         "part": part,
-                        "row_keys": [row.key for row in members],
+                        "row_keys": [row.key for row in chosen],
                         "layer_convention": LAYER_CONVENTION,
                     },
                 )
@@ -370,7 +369,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                 "rows": {
                     part: [
                         {
-                            "key": name_of[row.key] if row.key in name_of else row.key,
+                            "key": name_of.get(row.key, row.key),
                             "polarity": row.polarity,
                             "index": row.index,
                             "line": row.line,

@@ -149,7 +149,7 @@ def print_results(
             "a prompt",
             "coherence",
             "distinct 3-grams",
-            "verdict",
+            "validated",
         ):
             steering.add_column(column, overflow="fold")
         for row in rows:
@@ -164,9 +164,12 @@ def print_results(
                 _number(row["steering_prompting_change"], "+.1f"),
                 _number(row["steering_coherence"]),
                 _number(row["steering_distinct_3"], ".2f"),
-                _verdict(row),
+                "–" if row["steering_validated"] is None else "yes" if row["steering_validated"] else "no",
             )
         console.print(steering)
+        for row in rows:
+            if row["steering_reason"]:
+                console.print(f"{row['trait']}: {row['steering_reason']}", soft_wrap=True, highlight=False)
     judges = sorted({str(j) for row in rows for j in (row["vetting_judge"], row["steering_judge"]) if j})
     if judges:
         console.print(f"Judge: {', '.join(judges)}.")
@@ -177,6 +180,14 @@ def print_results(
         )
 
 
+def console() -> Console:
+    """Wide enough for the tables where the output is a file or a pipe."""
+    from rich.console import Console
+
+    found = Console()
+    return found if found.is_terminal else Console(width=132)
+
+
 def _kept(row: dict[str, Any]) -> str:
     if row["responses"] is not None:
         return f"{row['responses_kept']} of {row['responses']} responses"
@@ -185,12 +196,6 @@ def _kept(row: dict[str, Any]) -> str:
 
 def _interval(low: Any, high: Any, form: str) -> str:
     return "" if low is None or high is None else f"[{low:{form}}, {high:{form}}]"
-
-
-def _verdict(row: dict[str, Any]) -> str:
-    if row["steering_validated"] is None:
-        return "–"
-    return "validated" if row["steering_validated"] else f"not validated: {row['steering_reason']}"
 
 
 def print_report(

@@ -74,22 +74,22 @@ class ResponsesStage:
         }
 
     def execute(self, ctx: StageContext, plans: Sequence[Plan]) -> Iterator[Outcome]:
-        caches = {plan.trait: ctx.workspace.row_cache("generations", plan.trait) for plan in plans}
+        caches = {plan.owner: ctx.workspace.row_cache("generations", plan.owner) for plan in plans}
         fresh: dict[str, set[str]] = {}
         waiting: dict[str, list[Plan]] = defaultdict(list)
         requests: dict[str, ChosenScenario] = {}
         open_keys: dict[str, set[str]] = {}
         for plan in plans:
-            missing = {row.key for row in plan.payload if ctx.force or row.key not in caches[plan.trait]}
-            fresh[plan.trait] = set(missing)
-            open_keys[plan.trait] = missing
+            missing = {row.key for row in plan.payload if ctx.force or row.key not in caches[plan.owner]}
+            fresh[plan.owner] = set(missing)
+            open_keys[plan.owner] = missing
             for row in plan.payload:
                 if row.key in missing and plan not in waiting[row.key]:
                     waiting[row.key].append(plan)
                     requests.setdefault(row.key, row.scenario)
         for plan in plans:
-            if not open_keys[plan.trait]:
-                yield self._outcome(ctx, plan, caches[plan.trait], fresh[plan.trait])
+            if not open_keys[plan.owner]:
+                yield self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
         if not requests:
             return
 
@@ -97,9 +97,9 @@ class ResponsesStage:
         flushed = time.monotonic()
         for key, row in self._generate(ctx, requests):
             for plan in waiting[key]:
-                buffer[plan.trait][key] = row
-                open_keys[plan.trait].discard(key)
-            finished = [plan for plan in waiting[key] if not open_keys[plan.trait]]
+                buffer[plan.owner][key] = row
+                open_keys[plan.owner].discard(key)
+            finished = [plan for plan in waiting[key] if not open_keys[plan.owner]]
             full = sum(map(len, buffer.values())) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS
             if finished or full:
                 for trait, rows in buffer.items():
@@ -107,7 +107,7 @@ class ResponsesStage:
                 buffer.clear()
                 flushed = time.monotonic()
             for plan in finished:
-                yield self._outcome(ctx, plan, caches[plan.trait], fresh[plan.trait])
+                yield self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
 
     def _generate(
         self, ctx: StageContext, requests: dict[str, ChosenScenario]
@@ -139,8 +139,7 @@ class ResponsesStage:
                 )
 
     def _outcome(self, ctx: StageContext, plan: Plan, cache: Any, fresh: set[str]) -> Outcome:
-        experiment, trait = ctx.experiment.name, plan.trait
-        assert trait is not None
+        experiment, trait = ctx.experiment.name, plan.owner
         sides: dict[str, list[dict[str, Any]]] = {"positive": [], "negative": []}
         for row in plan.payload:
             stored = cache.get(row.key)
