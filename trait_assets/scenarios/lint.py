@@ -865,7 +865,7 @@ _SIGNS = (
     _Sign("an ellipsis", lambda p: "…" in p or "..." in p),
     _Sign("a parenthesis", lambda p: "(" in p or "（" in p),
     _Sign("a comma", lambda p: "," in p or "，" in p or "、" in p),
-    _Sign("a digit", lambda p: any(c.isdigit() for c in p)),
+    _Sign("a digit", lambda p: re.search(r"\d", p) is not None),
     _Sign("a small letter at its start", lambda p: p[0].islower()),
     _Sign("a word in capitals", lambda p: re.search(r"\b[A-Z]{3,}\b", p) is not None),
     _Sign("an emoji", lambda p: re.search("[\U0001f300-\U0001faff☀-➿]", p) is not None),
@@ -1054,12 +1054,20 @@ def _pairs(read: FolderRead, file: str) -> list[Finding]:
             )
         ]
     a, b = [frozenset(words(s.prompt)) for s in positives], [frozenset(words(s.prompt)) for s in negatives]
+    frequency = Counter(word for line in a for word in line)
+    holders: dict[str, list[int]] = {}
+    for j, line in enumerate(a):
+        for word in line:
+            holders.setdefault(word, []).append(j)
+
+    def sharing(line: frozenset[str]) -> set[int]:
+        """Positives that share a word with `line` that few others have: only such can be its counterpart."""
+        return {j for word in line if 0 < frequency[word] <= max(3, len(a) // 10) for j in holders[word]}
+
     broken, long = [], []
     for i, s in enumerate(negatives):
         mine = jaccard(a[i], b[i])
-        likeness = [jaccard(words_of_other, b[i]) for words_of_other in a]
-        best = max(range(len(a)), key=likeness.__getitem__)
-        elsewhere = best != i and likeness[best] >= mine + 0.15
+        elsewhere = any(j != i and jaccard(a[j], b[i]) >= mine + 0.15 for j in sharing(b[i]))
         # no likelier than chance, where counterparts are much likelier
         if elsewhere or (own >= 2.5 * other and mine <= other):
             broken.append(s.line)

@@ -53,7 +53,10 @@ _COMMON_WORDS = {
         nog wel naar wat deze
     """,
 }
-_COMMON = {language: frozenset(listed.split()) for language, listed in _COMMON_WORDS.items()}
+_LANGUAGES: dict[str, list[str]] = {}
+for _language, _listed in _COMMON_WORDS.items():
+    for _word in _listed.split():
+        _LANGUAGES.setdefault(_word, []).append(_language)
 
 
 @lru_cache(maxsize=20_000)
@@ -129,16 +132,15 @@ def language_shares(texts: Sequence[str]) -> dict[str, float]:
     for text in texts:
         for word in words(text):
             total += 1
-            for language, common in _COMMON.items():
-                counts[language] += word in common
-            script = _script(word[0])
-            if script is not None:
+            for language in _LANGUAGES.get(word, ()):
+                counts[language] += 1
+            if word[0] >= "\u0370" and (script := _script(word[0])) is not None:
                 counts[script] += 1
     return {name: count / total for name, count in counts.items()} if total else {}
 
 
 def _script(character: str) -> str | None:
-    if character < "\u0370" or not character.isalpha():
+    if not character.isalpha():
         return None
     name = unicodedata.name(character, "").split(" ")[0]
     return None if name == "LATIN" else name.capitalize()
