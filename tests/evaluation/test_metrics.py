@@ -85,9 +85,9 @@ def test_overlap_at_the_ends() -> None:
 
 def test_wilson_interval_has_its_known_values() -> None:
     # statsmodels' proportion_confint(method="wilson")
-    assert metrics.wilson(8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
-    assert metrics.wilson(0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
-    assert metrics.wilson(10, 10) == pytest.approx((0.72247, 1.0), abs=1e-4)
+    assert metrics.wilson(0.8, 10) == pytest.approx((0.49016, 0.94332), abs=1e-4)
+    assert metrics.wilson(0.0, 10) == pytest.approx((0.0, 0.27753), abs=1e-4)
+    assert metrics.wilson(1.0, 10) == pytest.approx((0.72247, 1.0), abs=1e-4)
 
 
 def test_accuracy_interval_counts_near_duplicates_once() -> None:

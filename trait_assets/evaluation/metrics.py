@@ -89,14 +89,16 @@ def _kernel_density(values: np.ndarray, width: float, grid: np.ndarray) -> np.nd
     return np.exp(-0.5 * z * z).mean(axis=1) / (width * np.sqrt(2 * np.pi))
 
 
-def wilson(successes: float, n: float, level: float = 0.95) -> tuple[float, float]:
-    """Wilson's score interval of a proportion; `n` may be an effective number."""
+def wilson(share: np.ndarray | float, n: float, level: float = 0.95) -> tuple[np.ndarray, np.ndarray]:
+    """Wilson's score interval of proportions observed in `n` rows each; `n` may be an effective number."""
     z = float(norm.ppf((1 + level) / 2))
-    share = successes / n
+    share = np.asarray(share, dtype=np.float64)
     middle = (share + z * z / (2 * n)) / (1 + z * z / n)
     half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    # at 0 and n the exact bound is 0 and 1; rounding must not move it past the estimate
-    return float(max(0.0, min(middle - half, share))), float(min(1.0, max(middle + half, share)))
+    # at 0 and 1 the bound is 0 and 1; rounding must not move it past the estimate
+    return np.maximum(0.0, np.minimum(middle - half, share)), np.minimum(
+        1.0, np.maximum(middle + half, share)
+    )
 
 
 def accuracy_interval(
@@ -109,11 +111,7 @@ def accuracy_interval(
     sides.
     """
     effective = 4 / (1 / len(np.unique(groups[y])) + 1 / len(np.unique(groups[~y])))
-    bounds = [
-        wilson(float(share) * effective, effective, level) for share in balanced_accuracy(p, y, threshold)
-    ]
-    low, high = np.array(bounds).T
-    return low, high
+    return wilson(balanced_accuracy(p, y, threshold), effective, level)
 
 
 def group_draws(groups: np.ndarray, y: np.ndarray, draws: int, seed: int) -> np.ndarray:
