@@ -87,7 +87,7 @@ def test_the_shipped_texts_cover_enough() -> None:
 
 
 def test_the_local_judge_tells_the_sides_apart() -> None:
-    report = check_agreement(LocalJudge(lambda trait: NoCache()), load_labelled(), contexts(pairs=40))
+    report = check_agreement(LocalJudge(lambda trait: NoCache()), load_labelled(), contexts(pairs=25))
     assert report.stand_in
     assert report.overall.n == report.overall.n_scored == len(load_labelled())
     assert report.overall.auc is not None

@@ -64,7 +64,7 @@ def caches(tmp_path: Path) -> Callable[[str], RowCache]:
 
 @pytest.fixture(scope="module")
 def bureaucratic() -> TraitContext:
-    return context("register/bureaucratic", 60)
+    return context("register/bureaucratic", 40)
 
 
 def scenarios(ctx: TraitContext) -> list[JudgeItem]:
@@ -299,8 +299,6 @@ def test_coherence_of_real_answers_loops_and_salad(
         "How do I keep bananas from going brown?",
         "What should I cook for a friend tonight?",
         "How can I fall asleep more easily?",
-        "What do people like about small towns?",
-        "How does a bicycle stay upright?",
     ]
     prompts = {str(i): smollm2.encode(q, chat=True).ids for i, q in enumerate(questions)}
     rows = [GenerationRow(key, ids) for key, ids in prompts.items()]

@@ -325,7 +325,7 @@ def test_garbage_leaves_the_mean_alone_and_fails_the_gate_above_the_limit(
 
     def vetted(share: float, tag: str) -> tuple[float, Any]:
         openai_server.faults = module_of(openai_server).Faults(garbage=share, seed=3)
-        judged = list(make().score(items(200, tag)))
+        judged = list(make().score(items(120, tag)))
         scores = [j.value for j in judged if isinstance(j, Score)]
         rows = [
             Candidate(f"{side}{j.key}", side, j if side == "positive" else Score(j.key, 5.0))  # type: ignore[arg-type]
@@ -337,7 +337,7 @@ def test_garbage_leaves_the_mean_alone_and_fails_the_gate_above_the_limit(
     clean, _ = vetted(0.0, "clean")
     mean, few = vetted(0.05, "few")
     assert mean == pytest.approx(clean)
-    assert 0 < few.abstention_reasons["low_mass"] < 25
+    assert 0 < few.abstention_reasons["low_mass"] < 20
     assert few.passed
     _, many = vetted(0.4, "many")
     assert not many.passed
@@ -349,7 +349,7 @@ def test_garbage_leaves_the_mean_alone_and_fails_the_gate_above_the_limit(
 
 
 def _fault_run(
-    openai_server: Any, make: Any, n: int, per_minute: int
+    openai_server: Any, make: Any, n: int, per_minute: int, timeout_s: float
 ) -> tuple[list[Judgement], float, OpenAIJudge]:
     openai_server.faults = module_of(openai_server).Faults(
         rate_limited=0.60,
@@ -357,12 +357,12 @@ def _fault_run(
         server_error=0.05,
         reset=0.02,
         hang=0.02,
-        hang_s=6.0,
+        hang_s=2 * timeout_s,
         garbage=0.03,
         content_filter=0.02,
         seed=1,
     )
-    judge = make(max_concurrency=32, timeout_s=2.0, requests_per_minute=per_minute)
+    judge = make(max_concurrency=24, timeout_s=timeout_s, requests_per_minute=per_minute)
     start = time.monotonic()
     judged = list(judge.score(items(n)))
     return judged, time.monotonic() - start, judge
@@ -383,7 +383,7 @@ def _check_fault_run(openai_server: Any, judged: list[Judgement], judge: OpenAIJ
 
 
 def test_no_item_is_lost_to_faults(openai_server: Any, make: Any) -> None:
-    judged, _, judge = _fault_run(openai_server, make, 150, 0)
+    judged, _, judge = _fault_run(openai_server, make, 150, 0, timeout_s=2.5)
     _check_fault_run(openai_server, judged, judge, 150)
     reasons = Counter(j.reason for j in judged if isinstance(j, Abstention))
     assert set(reasons) <= {"low_mass", "content_filter"}
@@ -391,8 +391,8 @@ def test_no_item_is_lost_to_faults(openai_server: Any, make: Any) -> None:
 
 @pytest.mark.slow
 def test_fault_run_of_two_thousand(openai_server: Any, make: Any) -> None:
-    per_minute = 60 * 60
-    judged, seconds, judge = _fault_run(openai_server, make, 2000, per_minute)
+    per_minute = 40 * 60
+    judged, seconds, judge = _fault_run(openai_server, make, 2000, per_minute, timeout_s=8.0)
     _check_fault_run(openai_server, judged, judge, 2000)
     allowed = len(openai_server.requests) / (per_minute / 60)
     print(f"2000 items, {len(openai_server.requests)} requests: {seconds:.1f} s, allowed {allowed:.1f} s")
