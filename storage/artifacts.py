@@ -165,7 +165,7 @@ class ArtifactStore:
 
     def _path(self, key: str) -> Path:
         assert self._local is not None
-        return self._local.joinpath(*self.check_key(key).split("/"))
+        return Path(f"{self._local}/{self.check_key(key)}")
 
     def _url(self, key: str) -> str:
         return f"{self._base}/{self.check_key(key)}"
@@ -305,12 +305,13 @@ class ArtifactStore:
     def _walk(self, prefix: str) -> Iterator[str]:
         if self._local is not None:
             top = self._local.joinpath(*prefix.split("/")) if prefix else self._local
+            cut = len(str(self._local)) + 1
             for folder, folders, files in os.walk(top):
                 folders[:] = [name for name in folders if not name.startswith(".")]
-                relative = Path(folder).relative_to(self._local).as_posix()
+                relative = folder[cut:].replace(os.sep, "/")
                 for name in files:
                     if not name.startswith("."):
-                        yield name if relative == "." else f"{relative}/{name}"
+                        yield f"{relative}/{name}" if relative else name
             return
         assert self._fs is not None
         self._fs.invalidate_cache()

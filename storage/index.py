@@ -19,7 +19,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -285,33 +285,35 @@ class LineageIndex:
             self._ingest_chunk(connection, unique[start : start + _CHUNK])
 
     def _ingest_chunk(self, connection: duckdb.DuckDBPyConnection, sources: list[str]) -> None:
+        import pyarrow as pa
+
         loaded = dict(zip(sources, self._load(sources), strict=True))
         schemas = {
             name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-            for name in ("manifests", "inputs", *ROW_TABLES)
+            for name in ("sources", "manifests", "inputs", "current_pointers", *ROW_TABLES)
         }
         manifests = [content for content in loaded.values() if isinstance(content, tuple)]
+        parts: dict[str, list[pa.Table]] = {name: [] for name in ROW_TABLES}
+        for source, content in loaded.items():
+            if isinstance(content, pa.Table):
+                for name, rows in _by_table(content):
+                    parts[name].append(_fit(rows, schemas[name], source))
+        now = datetime.now(UTC).replace(tzinfo=None)
+        done = [
+            {"source": source, "indexed_at": now} for source, content in loaded.items() if content is not None
+        ]
+        touched = {(m.experiment, m.stage, m.trait) for m, _ in manifests}
+        pointers = self._pointers(touched)
         connection.execute("BEGIN")
         try:
-            self._remove(connection, sources, tuple(schemas))
+            self._remove(connection, sources, ("manifests", "inputs", *ROW_TABLES))
+            self._forget_pointers(connection, touched)
+            _insert(connection, "sources", schemas, done)
             _insert(connection, "manifests", schemas, [_manifest_row(m, s) for m, s in manifests])
             _insert(connection, "inputs", schemas, [row for m, s in manifests for row in _input_rows(m, s)])
+            _insert(connection, "current_pointers", schemas, pointers)
             for name in ROW_TABLES:
-                parts = [
-                    part
-                    for source, content in loaded.items()
-                    if content is not None and not isinstance(content, tuple)
-                    for part in [_fit(content, name, schemas[name], source)]
-                    if part is not None
-                ]
-                _insert_tables(connection, name, parts)
-            now = datetime.now(UTC).replace(tzinfo=None)
-            done = [source for source, content in loaded.items() if content is not None]
-            if done:
-                connection.executemany(
-                    "INSERT INTO sources VALUES (?, ?)", [[source, now] for source in done]
-                )
-            self._refresh_current(connection, {(m.experiment, m.stage, m.trait) for m, _ in manifests})
+                _insert_tables(connection, name, parts[name])
             connection.execute("COMMIT")
         except BaseException:
             with suppress(self._database_error()):  # a failed COMMIT has ended the transaction itself
@@ -330,45 +332,52 @@ class LineageIndex:
         for table in (*tables, "sources"):
             connection.execute(f"DELETE FROM {table} WHERE source IN (SELECT unnest(?::VARCHAR[]))", [again])
 
-    def _refresh_current(
+    def _forget_pointers(
         self, connection: duckdb.DuckDBPyConnection, touched: set[tuple[str | None, str, str | None]]
     ) -> None:
-        manifests = Manifests(self.store)
-        rows = []
-        for experiment, stage, trait in touched:
+        import pyarrow as pa
+
+        if not touched:
+            return
+        names = ("experiment", "stage", "trait")
+        columns = {
+            name: pa.array([place[i] for place in touched], pa.string()) for i, name in enumerate(names)
+        }
+        connection.register("touched", pa.table(columns))
+        try:
             connection.execute(
-                "DELETE FROM current_pointers WHERE experiment IS NOT DISTINCT FROM ? AND stage = ? "
-                "AND trait IS NOT DISTINCT FROM ?",
-                [experiment, stage, trait],
+                "DELETE FROM current_pointers c USING touched t WHERE c.stage = t.stage "
+                "AND c.experiment IS NOT DISTINCT FROM t.experiment AND c.trait IS NOT DISTINCT FROM t.trait"
             )
+        finally:
+            connection.unregister("touched")
+
+    def _pointers(self, touched: Iterable[tuple[str | None, str, str | None]]) -> list[dict[str, Any]]:
+        """What counts now in these places, as the manifests on disk say."""
+        manifests = Manifests(self.store)
+
+        def read(place: tuple[str | None, str, str | None]) -> Manifest | None:
             try:
-                manifest = manifests.read(experiment, stage, trait)
+                return manifests.read(*place)
             except ArtifactError as error:
                 log.warning("left out of the index: %s", error)
-                continue
-            if manifest is not None:
-                rows.append(
-                    [
-                        experiment,
-                        stage,
-                        trait,
-                        manifest.run_id,
-                        manifest.fingerprint,
-                        _naive(manifest.created_at),
-                        history_key(manifest),
-                    ]
-                )
-        if rows:
-            connection.executemany("INSERT INTO current_pointers VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+                return None
+
+        found = self._in_parallel(read, list(touched))
+        return [_head(manifest, history_key(manifest)) for manifest in found if manifest is not None]
+
+    def _in_parallel(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+        """Files on a local disk are read faster than threads take turns; over a network waiting is shared."""
+        if len(items) < 8 or self.store.local_path("x") is not None:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(16) as pool:
+            return list(pool.map(work, items))
 
     def _load(self, sources: Sequence[str]) -> list[Any]:
         """Manifests as (manifest, source), Parquet as Arrow tables, None for what cannot be read (with a
         warning).
         """
-        if len(sources) < 8:
-            return [self._load_one(source) for source in sources]
-        with ThreadPoolExecutor(8) as pool:
-            return list(pool.map(self._load_one, sources))
+        return self._in_parallel(self._load_one, sources)
 
     def _load_one(self, source: str) -> Any:
         import pyarrow as pa
@@ -382,7 +391,7 @@ class LineageIndex:
                     return Manifest.from_record(json.loads(data), where), source
                 except ValueError as error:
                     raise ArtifactError(f"the manifest is not valid JSON ({error})", where=where) from error
-            return pq.read_table(pa.BufferReader(data))
+            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
         except (ArtifactError, pa.ArrowException) as error:
             log.warning("left out of the index: %s: %s", self.store.describe(source), error)
             return None
@@ -570,45 +579,50 @@ def _insert_tables(connection: duckdb.DuckDBPyConnection, name: str, parts: list
         connection.unregister("incoming")
 
 
-def _fit(rows: pa.Table, name: str, target: pa.Schema, source: str) -> pa.Table | None:
-    """The rows of one Parquet file that belong to the table `name`, in its columns; the rest goes to
-    `extra`.
-    """
-    import pyarrow as pa
+def _by_table(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:
+    """The rows of one Parquet file by the table they belong to."""
     import pyarrow.compute as pc
 
-    if "table" in rows.column_names:
-        wanted = pc.fill_null(rows["table"], "metrics")
-        mask = pc.equal(wanted, name)
-        if name == "metrics":
-            mask = pc.or_(mask, pc.invert(pc.is_in(wanted, pa.array(ROW_TABLES))))
-        rows = rows.filter(mask).drop_columns(["table"])
-    elif name != "metrics":
-        return None
     if rows.num_rows == 0:
-        return None
-    fitted: dict[str, pa.Array] = {"source": pa.array([source] * rows.num_rows, type=pa.string())}
+        return
+    if "table" not in rows.column_names:
+        yield "metrics", rows
+        return
+    wanted = pc.fill_null(rows["table"].combine_chunks(), "metrics")
+    rows = rows.drop_columns(["table"])
+    names = wanted.unique().to_pylist()
+    if len(names) == 1:
+        yield names[0] if names[0] in ROW_TABLES else "metrics", rows
+        return
+    for name in names:
+        yield name if name in ROW_TABLES else "metrics", rows.filter(pc.equal(wanted, name))
+
+
+def _fit(rows: pa.Table, target: pa.Schema, source: str) -> pa.Table:
+    """The rows in the columns of their table; what has no column there, or another type, goes to `extra`."""
+    import pyarrow as pa
+
+    n = rows.num_rows
+    fitted: dict[str, Any] = {"source": pa.array([source] * n, type=pa.string())}
     extra: dict[str, list[Any]] = {}
-    for column in rows.column_names:
-        if column in target.names and column not in ("source", "extra"):
-            with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
-                fitted[column] = rows[column].cast(target.field(column).type)
+    for name in rows.column_names:
+        column = rows[name]
+        if column.null_count == n:
+            continue
+        if name in target.names and name not in ("source", "extra"):
+            wanted = target.field(name).type
+            if column.type == wanted:
+                fitted[name] = column
                 continue
-        extra[column] = rows[column].to_pylist()
+            with suppress(pa.ArrowInvalid, pa.ArrowNotImplementedError):
+                fitted[name] = column.cast(wanted)
+                continue
+        extra[name] = column.to_pylist()
     if extra:
-        fitted["extra"] = pa.array(
-            [
-                json.dumps(
-                    {key: values[i] for key, values in extra.items() if values[i] is not None},
-                    sort_keys=True,
-                    ensure_ascii=False,
-                )
-                for i in range(rows.num_rows)
-            ],
-            type=pa.string(),
-        )
-    columns = [
-        fitted[field.name] if field.name in fitted else pa.nulls(rows.num_rows, type=field.type)
-        for field in target
-    ]
+        texts = []
+        for values in zip(*extra.values(), strict=True):
+            given = {key: value for key, value in zip(extra, values, strict=True) if value is not None}
+            texts.append(json.dumps(given, sort_keys=True, ensure_ascii=False) if given else None)
+        fitted["extra"] = pa.array(texts, type=pa.string())
+    columns = [fitted[field.name] if field.name in fitted else pa.nulls(n, field.type) for field in target]
     return pa.table(columns, schema=target)

@@ -58,8 +58,8 @@ def test_rows_land_in_their_tables(any_workspace: Workspace) -> None:
     )
     assert result.rows == [
         ("auc", 0.75, 17, "probe", '{"odd": "{\\"a\\": [1]}"}', "tonal/dry", "run-1", "f1"),
-        ("n_kept", 12.0, None, None, "{}", "tonal/dry", "run-1", "f1"),
-        ("x", 1.5, None, None, "{}", "tonal/dry", "run-1", "f1"),
+        ("n_kept", 12.0, None, None, None, "tonal/dry", "run-1", "f1"),
+        ("x", 1.5, None, None, None, "tonal/dry", "run-1", "f1"),
     ]
     evaluations = w.index.sql(
         "SELECT layer, val_auc, extra->>'$.unknown_yet' FROM evaluations ORDER BY layer"
