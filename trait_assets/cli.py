@@ -223,6 +223,8 @@ def materialise(
 
     from trait_assets import launch
 
+    launch.check_methods(effective)
+    launch.check_models(effective, {})
     selection = launch.select_traits(paths.dataset_root(), effective, wanted)
     if wanted and effective.traits is not None:
         # naming a trait on the command line is reason enough to run it
@@ -231,7 +233,6 @@ def materialise(
         typer.secho(f"refused {trait}: {reason}", fg=typer.colors.RED, err=True)
     if not selection.traits:
         return True
-    launch.check_models(effective, {})
     available = stages_of(effective)
     chosen = list(stages) if stages is not None else available
     missing = [stage for stage in chosen if stage not in available]
@@ -316,6 +317,14 @@ def status(
             overview.print_status(overview.console(), config, rows, stages_of(config))
 
 
+def _register() -> None:
+    from trait_assets import results_commands
+    from trait_assets.scenarios import commands as scenario_commands
+
+    scenario_commands.register(app, one_line_errors)
+    results_commands.register(app, one_line_errors)
+
+
 @app.command("new-experiment")
 def new_experiment(
     name: Annotated[str, typer.Argument(help="Lower-case letters, digits, - and _.")],
@@ -356,6 +365,9 @@ def ui(
     command = [dagster, "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
     environment = {"DAGSTER_HOME": str(instance_folder("ui")), **os.environ}
     raise typer.Exit(subprocess.call(command, cwd=paths.REPOSITORY, env=environment))
+
+
+_register()
 
 
 def main() -> None:

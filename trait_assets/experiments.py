@@ -293,7 +293,15 @@ def parse_experiment(name: str, values: Mapping[str, Any], *, where: str) -> Exp
 def _check_grammars(experiment: Experiment, where: str) -> None:
     from resources.models.layers import parse_layers
     from resources.models.positions import Position
+    from resources.models.rows import COMPONENTS
 
+    for component in experiment.component:
+        if component not in COMPONENTS:
+            raise UserError(
+                f"there is no component `{component}`",
+                where=where,
+                remedy=_nearest(component, list(COMPONENTS)),
+            )
     for position in experiment.position:
         Position.parse(position)
     if not experiment.positions:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -302,5 +302,9 @@ def check_models(experiment: Experiment, models: dict[str, Any]) -> None:
         )
 
 
-def failed_traits(report: LaunchReport) -> Iterable[str]:
-    return report.failures
+def check_methods(experiment: Experiment) -> None:
+    """Refuse an unknown vector method before anything runs."""
+    from trait_assets.vectors.methods import get_method
+
+    for name in (*experiment.methods, *(experiment.steer.methods or [])):
+        get_method(name)

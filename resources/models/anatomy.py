@@ -21,18 +21,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from resources.models.rows import COMPONENTS
 from storage.errors import UserError
-
-COMPONENTS = (
-    "residual",
-    "attn_out",
-    "mlp_out",
-    "attn_contribution",
-    "mlp_contribution",
-    "k_proj",
-    "v_proj",
-)
-
 
 def first_tensor(output: Any) -> torch.Tensor:
     """The hidden state in a module's output, which may be a tensor, a tuple or list, or a ModelOutput."""

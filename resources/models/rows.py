@@ -11,6 +11,17 @@ from typing import Any, Literal
 
 import numpy as np
 
+# what may be captured or steered in a block; which of them a model has is found by `anatomy`
+COMPONENTS = (
+    "residual",
+    "attn_out",
+    "mlp_out",
+    "attn_contribution",
+    "mlp_contribution",
+    "k_proj",
+    "v_proj",
+)
+
 Operation = Literal["add", "add_norm_preserving", "ablate", "clamp"]
 SteerFrom = Literal["response", "all"]
 FinishReason = Literal["stop", "length"]
