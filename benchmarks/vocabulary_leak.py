@@ -138,27 +138,28 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     for name in ("leaky", "repaired"):
         leak = word_leak(*sets[name])
         result["words"][name] = {"auc": round(leak.auc, 3), "auc of five words": round(leak.auc_few, 3)}
-    result["steering"] = steer(args, model, scenarios, vectors, captured)
+    named = {name: vectors[name, "response[:]"] for name in ("leaky", "repaired")}
+    result["steering"] = steer(args, model, scenarios, named, captured)
     return result
 
 
 def steer(
-    args: argparse.Namespace, model: Any, scenarios: Any, vectors: Any, captured: Any
+    args: argparse.Namespace,
+    model: Any,
+    scenarios: Any,
+    vectors: dict[str, np.ndarray],
+    captured: Any,
 ) -> dict[str, Any]:
     norms = np.median(np.stack([c.norms for c in captured.values()]), axis=0)
     norms = norms if len(norms) == len(LAYERS) else norms[list(LAYERS)]
     questions = scenarios.steering.questions[: args.questions]
     rng = np.random.default_rng(0)
-    random_direction = rng.standard_normal(vectors["leaky", "response[:]"].shape)
+    random_direction = rng.standard_normal(next(iter(vectors.values())).shape)
     random_direction /= np.linalg.norm(random_direction, axis=1, keepdims=True)
     arms: dict[str, tuple[Intervention, ...]] = {"unsteered": ()}
     for k in (LAYERS.index(14), LAYERS.index(17)):
         for dose in args.doses:
-            for name, direction in (
-                ("leaky", vectors["leaky", "response[:]"]),
-                ("repaired", vectors["repaired", "response[:]"]),
-                ("random", random_direction),
-            ):
+            for name, direction in [*vectors.items(), ("random", random_direction)]:
                 unit = direction[k].astype(np.float32)
                 arms[f"{name}, layer {LAYERS[k]}, dose {dose}"] = (
                     Intervention(LAYERS[k], unit, float(dose * norms[k])),
