@@ -55,6 +55,8 @@ CHECKS: dict[str, dict[str, str]] = {
         "abstention_rate": "The judge answered.",
         "questions_split": "Layer and dose were chosen on other questions than those reported.",
     },
+    "extraction_evaluation": {"all_evaluations_intact": "Every trait's evaluation could be read."},
+    "steering_summary": {"all_results_intact": "Every trait's steering result could be read."},
 }
 
 
@@ -113,6 +115,30 @@ def stage_checks(experiment: Experiment | None, stage: str) -> dg.AssetChecksDef
                 passed=not failed[name],
                 severity=dg.AssetCheckSeverity.WARN,
                 description=_batch_description(seen[name], failed[name]),
+            )
+
+    return checks
+
+
+def table_checks(experiment: Experiment, table: str) -> dg.AssetChecksDefinition:
+    """The checks of a table over all traits: one result each, no partitions."""
+    key = asset_key(experiment, table)
+    names = CHECKS[table]
+    specs = [dg.AssetCheckSpec(name, asset=key, description=text) for name, text in names.items()]
+
+    @dg.multi_asset_check(name="__".join([*key.path, "checks"]).replace("-", "_"), specs=specs)
+    def checks(context: dg.AssetCheckExecutionContext, store: StoreResource):
+        manifest = store.open().manifests.read(experiment.name, table, None)
+        records = {r["name"]: r for r in (manifest.summary.get("checks", []) if manifest else [])}
+        for name in names:
+            record = records.get(name)
+            yield dg.AssetCheckResult(
+                asset_key=key,
+                check_name=name,
+                passed=record is None or record["passed"],
+                severity=dg.AssetCheckSeverity.WARN if record is None else _severity(record["severity"]),
+                description=_batch_description(0, []) if record is None else record["description"],
+                metadata={} if record is None else _finite(record["values"]),
             )
 
     return checks

@@ -24,9 +24,10 @@ from storage.errors import UserError  # noqa: E402
 from trait_assets import paths  # noqa: E402
 from trait_assets.activations.asset import activations_asset  # noqa: E402
 from trait_assets.automation import sensors  # noqa: E402
-from trait_assets.checks import CHECKS, stage_checks  # noqa: E402
+from trait_assets.checks import CHECKS, stage_checks, table_checks  # noqa: E402
 from trait_assets.evaluation.asset import extraction_evaluation_asset, vector_evaluation_asset  # noqa: E402
 from trait_assets.experiments import Experiment, list_experiments, load_experiment  # noqa: E402
+from trait_assets.pipeline import TABLES, stages_of  # noqa: E402
 from trait_assets.responses.asset import responses_asset, vetted_responses_asset  # noqa: E402
 from trait_assets.scenarios.asset import scenarios_asset, vetted_scenarios_asset  # noqa: E402
 from trait_assets.stage import OverridesResource  # noqa: E402
@@ -59,12 +60,10 @@ def experiment_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
 
 def experiment_checks(experiment: Experiment) -> list[dg.AssetChecksDefinition]:
     """The checks of the assets that this experiment has."""
-    from trait_assets.pipeline import stages_of
-
+    stages = [stage for stage in stages_of(experiment) if stage != "scenarios"]
     return [
-        stage_checks(experiment, stage)
-        for stage in stages_of(experiment)
-        if stage != "scenarios" and CHECKS[stage]
+        *(stage_checks(experiment, stage) for stage in stages if CHECKS[stage]),
+        *(table_checks(experiment, table) for table, below in TABLES.items() if below in stages),
     ]
 
 
