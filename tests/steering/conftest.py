@@ -41,6 +41,8 @@ class ToyModel:
 
     seed: int
     planted: bool = True
+    # how far along u the unsteered model stands already
+    drift: float = 0.0
     calls: list[int] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -69,7 +71,7 @@ class ToyModel:
 
     def generate(self, rows: Sequence[GenerationRow]) -> Iterator[GeneratedRow]:
         self.calls.append(len(rows))
-        added = np.zeros((len(rows), WIDTH))
+        added = np.tile(self.drift * self.u, (len(rows), 1))
         for i, row in enumerate(rows):
             for step in row.interventions:
                 added[i] += step.coefficient * self.arriving(step.layer, step.vector)

@@ -570,9 +570,11 @@ def judge_result(plan: _Plan, best: Run | None, report: Run | None, controls: Se
     random = [c.measured.change.mean * sign for c in controls if c.measured.change.mean is not None]
     if not random:
         return Verdict(False, f"{shown}, but no random direction was measured beside it")
+    if near <= max(random):
+        return Verdict(False, f"{shown} does not clear a random direction ({max(random) * sign:+.1f})")
     bar = random_bar(random)
-    if near <= bar:
-        return Verdict(False, f"{shown} does not clear random directions (bar {bar * sign:+.1f})")
+    if change.mean * sign <= bar:
+        return Verdict(False, f"{shown} is within what random directions may do (up to {bar * sign:+.1f})")
     coherence = report.measured.coherence_mean
     if report.measured.abstentions > allowed_abstentions(report.measured.n):
         missed = f"{report.measured.abstentions} of {report.measured.n}"
@@ -586,9 +588,9 @@ def judge_result(plan: _Plan, best: Run | None, report: Run | None, controls: Se
 
 
 def random_bar(changes: Sequence[float]) -> float:
-    """What a further random direction would stay below: the largest of those measured, or, when larger, their
-    one-sided 95 % prediction bound mean + t(0.95, k−1)·s·√(1 + 1/k). `changes` are counted towards the wanted
-    side.
+    """Upper end of the 95 % prediction interval for the measured change of a further random direction,
+    mean + t(0.975, k−1)·s·√(1 + 1/k) over k of them, or the largest of them when that is more. `changes` are
+    counted towards the wanted side.
 
     The bound matters because the vector is the best of many candidates, and the controls are few.
     """
@@ -598,7 +600,7 @@ def random_bar(changes: Sequence[float]) -> float:
     if k < 2:
         return max(changes)
     spread = float(np.std(changes, ddof=1))
-    bound = float(np.mean(changes)) + float(stats.t.ppf(0.95, k - 1)) * spread * float(np.sqrt(1 + 1 / k))
+    bound = float(np.mean(changes)) + float(stats.t.ppf(0.975, k - 1)) * spread * float(np.sqrt(1 + 1 / k))
     return max(max(changes), bound)
 
 

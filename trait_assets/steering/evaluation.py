@@ -214,8 +214,17 @@ def _prepare(ctx: StageContext, plan: Plan, model: LanguageModel) -> _Prepared:
     payload: _Payload = plan.payload
     trait = str(plan.trait)
     candidates = load_candidates(ctx.workspace, ctx.experiment.name, trait, payload.chosen)
-    check_fit(candidates, model, trait)
     flags = list(payload.flags)
+    steer = ctx.experiment.steer
+    if steer.layers is None and steer.candidates is None:
+        # nobody asked for these layers: what the steered model lacks is left out, and said
+        there = [c for c in candidates if c.layer < model.n_layers]
+        if there and len(there) < len(candidates):
+            flags.append(
+                f"{len(candidates) - len(there)} candidates lie at layers that the steered model does not have"
+            )
+            candidates = there
+    check_fit(candidates, model, trait)
     if payload.source_layers != model.n_layers:
         flags.append(
             f"the vectors come from {payload.source_layers} layers, the steered model has {model.n_layers}: "
@@ -223,11 +232,11 @@ def _prepare(ctx: StageContext, plan: Plan, model: LanguageModel) -> _Prepared:
         )
     if flags and dict(payload.source_model) != plan.options["application_model"]:
         flags += compare_tokenizers(ctx, trait, model)
-    chat = uses_chat(ctx.experiment.steer.chat, model)
+    chat = uses_chat(steer.chat, model)
     texts = payload.questions.texts
     prompts = tuple(model.encode(text, chat=chat).ids for text in texts)
     prompted: tuple[tuple[int, ...], ...] = ()
-    if ctx.experiment.steer.prompting_baseline:
+    if steer.prompting_baseline:
         system = trait_system_prompt(payload.scenarios.definition, payload.questions.direction)
         prompted = tuple(model.encode(text, system, chat=chat).ids for text in texts)
     task = Task(trait, payload.questions, trait_context(payload.scenarios), prompts, prompted)

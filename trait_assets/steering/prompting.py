@@ -30,4 +30,6 @@ def trait_system_prompt(definition: str, direction: Direction) -> str:
 def _paragraphs(definition: str) -> dict[str, str]:
     marks = list(_PARAGRAPH.finditer(definition))
     ends = [m.start() for m in marks[1:]] + [len(definition)]
-    return {m.group(1).upper(): definition[m.end() : end].strip() for m, end in zip(marks, ends, strict=True)}
+    # without a mark there is still an end
+    pairs = zip(marks, ends, strict=False)
+    return {m.group(1).upper(): definition[m.end() : end].strip() for m, end in pairs}
