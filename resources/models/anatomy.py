@@ -24,6 +24,7 @@ from torch import nn
 from resources.models.rows import COMPONENTS
 from storage.errors import UserError
 
+
 def first_tensor(output: Any) -> torch.Tensor:
     """The hidden state in a module's output, which may be a tensor, a tuple or list, or a ModelOutput."""
     if isinstance(output, torch.Tensor):
