@@ -9,7 +9,8 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -187,6 +188,24 @@ class Batcher:
             file=sys.stderr,
             flush=True,
         )
+
+    @contextmanager
+    def calibration(self, mode: Mode, tokens: int) -> Iterator[None]:
+        """Around the forward pass of one row of `tokens` tokens: on CUDA, its peak memory corrects the estimate."""
+        cards = [device for device in self.devices if device.type == "cuda"]
+        for card in cards:
+            torch.cuda.reset_peak_memory_stats(card)
+        before = [torch.cuda.memory_allocated(card) for card in cards]
+        yield
+        taken = [
+            torch.cuda.max_memory_allocated(card) - held for card, held in zip(cards, before, strict=True)
+        ]
+        if taken:
+            self.calibrate(mode, tokens, max(taken))
+
+    def uncalibrated(self, mode: Mode) -> bool:
+        """Whether measuring a row of this mode is possible and has not been done."""
+        return mode not in self.measured and any(device.type == "cuda" for device in self.devices)
 
     def calibrate(self, mode: Mode, tokens: int, measured_bytes: float) -> None:
         """Correct the estimate by what one row of `tokens` tokens really took (never below a quarter of

@@ -70,14 +70,21 @@ class Capturer:
         self, mode: Any, rows: Sequence[CaptureRow], work: Callable[[Sequence[CaptureRow]], list[Any]]
     ) -> Iterator[tuple[Sequence[CaptureRow], list[Any]]]:
         # the longest go first: if they fit, all do
+        result: list[Any]
         waiting = sorted(rows, key=_length, reverse=True)
+        if waiting and self.batcher.uncalibrated(mode):
+            first = waiting[:1]
+            with self.batcher.calibration(mode, _length(first[0])), torch.inference_mode():
+                result = work(first)
+            del waiting[:1]
+            yield first, result
         if waiting:
             self.batcher.announce(mode, _length(waiting[0]))
         while waiting:
             tokens = _length(waiting[0])
             batch = waiting[: self.batcher.rows(mode, tokens)]
             failure: Exception | None = None
-            result: list[Any] = []
+            result = []
             try:
                 with torch.inference_mode():
                     result = work(batch)

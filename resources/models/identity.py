@@ -66,6 +66,10 @@ def local_path(model: str) -> Path | None:
     A string that looks like a path but names nothing is a UserError: silently asking the hub for it would
     report the wrong mistake.
     """
+    if not model.strip():
+        raise UserError(
+            "no model was named", where="model", remedy="Name a hub id, a folder or a .gguf file."
+        )
     path = Path(model).expanduser()
     if path.exists():
         return path.resolve()

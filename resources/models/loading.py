@@ -67,6 +67,12 @@ def load(
     except UserError:
         raise
     except (OSError, ValueError, ImportError, KeyError) as error:
+        if "trust_remote_code" in str(error):
+            raise UserError(
+                "brings code of its own, which is not run unasked",
+                where=f"model {spec.model!r}",
+                remedy="Read that code, then set trust_remote_code on the models resource if you trust it.",
+            ) from error
         raise UserError(
             f"cannot be loaded: {str(error).strip().splitlines()[0]}",
             where=f"model {spec.model!r}",

@@ -27,7 +27,7 @@ from resources.models.rows import CaptureRow, GenerationOptions, GenerationRow, 
 from storage.errors import UserError
 
 # raise when a check below changes: kept verdicts then no longer count
-_VERSION = 1
+_VERSION = 2
 _TEXT = "The weather in the mountains changes quickly, so we packed warm clothes and left early."
 _LENGTHS = (12, 7, 4)
 _NEW_TOKENS = 3
@@ -89,6 +89,7 @@ class _Check:
     def run(self) -> dict[str, float]:
         measured: dict[str, float] = {}
         checks: list[tuple[str, Callable[[], float]]] = [
+            ("device", self.device),
             ("zero steering", self.zero_steering),
             ("capture", self.capture),
             ("cached decoding", self.cached_decoding),
@@ -117,6 +118,25 @@ class _Check:
             worst = max(worst, _difference(together[index], alone))
             state = next(self.model.capture([rows[index]], ["all[-1]"])).pooled["all[-1]", "residual"]
             worst = max(worst, _difference(states[str(index)], state))
+        return worst
+
+    def device(self) -> float:
+        """The operations that a decoder is made of give on this device what they give on the CPU in float32."""
+        device = input_device(self.model.anatomy.decoder)
+        generator = torch.Generator().manual_seed(0)
+        a, b, c = (torch.randn((1, 2, 24, 32), generator=generator) for _ in range(3))
+
+        def results(x: torch.Tensor, y: torch.Tensor, z: torch.Tensor) -> list[torch.Tensor]:
+            attention = torch.nn.functional.scaled_dot_product_attention
+            return [x @ y.transpose(-1, -2), attention(x, y, z, is_causal=True), x.softmax(-1), x.cumsum(-2)]
+
+        here = results(*(tensor.to(device, self.model.dtype) for tensor in (a, b, c)))
+        worst = max(
+            _difference(mine.float().cpu().numpy(), reference.numpy())
+            for mine, reference in zip(here, results(a, b, c), strict=True)
+        )
+        if not worst <= self.tolerance:
+            raise self._failure("device", f"{device} differs from the CPU by {worst:.1e}")
         return worst
 
     def zero_steering(self) -> float:

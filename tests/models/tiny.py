@@ -137,7 +137,9 @@ ARCHITECTURES: dict[str, Callable[[], Any]] = {
             pad_token_id=0,
         )
     ),
-    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(tf.GPTNeoXConfig(**_base(rotary_pct=0.5))),
+    "gpt_neox": lambda: tf.GPTNeoXForCausalLM(
+        tf.GPTNeoXConfig(**_base(rotary_pct=0.5, num_key_value_heads=4))
+    ),
 }
 
 
