@@ -72,15 +72,21 @@ class _VettingStage:
                 items.append(row.item)
                 owners.append(plan)
         judgements: list[Any] = []
+        spent = judge.usage()
         with ctx.progress.task(f"{self.name} · {len(items)} texts", len(items)) as task:
             for owner, judgement in zip(owners, judge.score(items), strict=True):
                 task.advance(1)
                 judgements.append(judgement)
                 if len(judgements) == len(owner.payload):
-                    yield self._outcome(ctx, owner, judgements, judge)
+                    total = judge.usage()
+                    work = {name: total[name] - spent.get(name, 0) for name in total}
+                    spent = total
+                    yield self._outcome(ctx, owner, judgements, judge, work)
                     judgements = []
 
-    def _outcome(self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Any) -> Outcome:
+    def _outcome(
+        self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Any, work: dict[str, float]
+    ) -> Outcome:
         e, trait = ctx.experiment, plan.owner
         vetting = apply_thresholds(
             [
@@ -117,8 +123,11 @@ class _VettingStage:
                 **vetting.summary(),
                 "judge": judge_name(plan.options["judge"]),
                 "judge_is_stand_in": judge.stand_in,
+                "judged_now": int(work.get("calls", 0)),
+                "judge_cost_usd": round(work.get("cost_usd", 0.0), 6),
             },
-            metrics=[
+            metrics=[{"name": f"judge_{name}", "value": float(value)} for name, value in work.items()]
+            + [
                 {"name": name, "value": float(value)}
                 for name, value in vetting.summary().items()
                 if isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -60,7 +60,7 @@ class Models(Protocol):
 
     def spec(self, model: str, revision: str | None = None, adapter: str | None = None) -> ModelSpec: ...
 
-    def get(self, spec: ModelSpec) -> LanguageModel: ...
+    def get(self, spec: ModelSpec, max_batch_rows: int | None = None) -> LanguageModel: ...
 
     def identify(self, spec: ModelSpec) -> ModelIdentity: ...
 
@@ -105,6 +105,14 @@ class StageContext:
     def application_spec(self) -> ModelSpec:
         e = self.experiment
         return self.models.spec(e.steered_model, e.steered_revision, e.steered_adapter)
+
+    def extraction_model(self) -> LanguageModel:
+        """The model that responds and is captured, loaded; with the experiment's batch size."""
+        return self.models.get(self.extraction_spec(), max_batch_rows=self.experiment.batch_size)
+
+    def application_model(self) -> LanguageModel:
+        """The model that is steered, loaded; with the experiment's batch size."""
+        return self.models.get(self.application_spec(), max_batch_rows=self.experiment.batch_size)
 
     def upstream(self, stage: str, trait: str | None, *, shared: bool = False) -> Manifest:
         """The manifest of an input, or a UserError that says which stage to materialise first."""

@@ -235,7 +235,7 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
             from trait_assets.vectors.exchange import Fit, import_vectors, save_imported
 
             ctx = hand_context(experiment)
-            model = ctx.models.get(ctx.application_spec())
+            model = ctx.application_model()
             fit = Fit(
                 width=model.hidden_size if component == "residual" else None,
                 n_layers=model.n_layers,

@@ -59,9 +59,9 @@ class ModelResource(dg.ConfigurableResource):
         """
         return identities.has_chat_template(spec)
 
-    def get(self, spec: ModelSpec) -> LanguageModel:
-        """The loaded model, from the pool of this process."""
-        return self.pool().get(spec, max_batch_rows=self.max_batch_rows)
+    def get(self, spec: ModelSpec, max_batch_rows: int | None = None) -> LanguageModel:
+        """The loaded model, from the pool of this process. `max_batch_rows` goes before the resource's own."""
+        return self.pool().get(spec, max_batch_rows=max_batch_rows or self.max_batch_rows)
 
     def pool(self) -> ModelPool:
         from resources.models.loading import POOL

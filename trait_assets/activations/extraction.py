@@ -205,7 +205,7 @@ class ActivationsStage:
         from trait_assets.responses.generation import uses_completion
 
         e = ctx.experiment
-        model = ctx.models.get(ctx.extraction_spec())
+        model = ctx.extraction_model()
         layers = parse_layers(e.layers, model.n_layers)
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         rows = []

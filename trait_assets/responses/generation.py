@@ -113,7 +113,7 @@ class ResponsesStage:
         self, ctx: StageContext, requests: dict[str, ChosenScenario]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
         e = ctx.experiment
-        model = ctx.models.get(ctx.extraction_spec())
+        model = ctx.extraction_model()
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         options = GenerationOptions(
             max_new_tokens=e.response_length(base=base), temperature=e.temperature, top_p=e.top_p, seed=e.seed
