@@ -81,12 +81,13 @@ def train_scores(method: str, task: Task, left_out: list[np.ndarray], n_folds: i
             p = task.x[:, place].astype(np.float64) @ directions[:n_folds, place].T
             scores[:, place] = _fold_scores(p, task.y, task.subsets[:n_folds], left_out)
         halves = directions[n_folds:, place]
-        if len(halves):
+        # a direction that no row decides is stable without meaning anything
+        if len(halves) and METHODS[method].oriented:
             stable[place] = float((halves[0::2] * halves[1::2]).sum(axis=1).mean())
     note = None
     if not n_folds:
         note = "too few groups of scenarios to cross-validate"
-    elif np.isnan(stable).all():
+    elif len(task.subsets) == n_folds:
         note = "too few groups of scenarios for two halves"
     return TrainScores(scores[0], scores[1], scores[2], stable, note)
 

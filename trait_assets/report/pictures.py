@@ -96,7 +96,7 @@ def projection_strip(
     ax.invert_yaxis()
     ax.set_xlabel("projection on the unit vector (activation units)")
     ax.set_title(f"{title}: {best['method']}, layer {best['layer']}", fontsize=10)
-    ax.legend(fontsize=7, loc="upper center", bbox_to_anchor=(0.5, -0.42), ncols=3, frameon=False)
+    drawn.legend(fontsize=7, loc="outside lower center", ncols=3, frameon=False)
     return png(drawn)
 
 
@@ -126,7 +126,7 @@ def _square(
     drawn = figure(size + 0.6, size)
     ax = drawn.add_subplot()
     image = ax.imshow(grid, cmap=cmap, vmin=low, vmax=high)
-    every = max(1, len(names) // 40)
+    every = 1 if len(names) <= 24 else -(-len(names) // 16)
     places = list(range(0, len(names), every))
     ax.set_xticks(places, [names[i] for i in places], rotation=90, fontsize=7)
     ax.set_yticks(places, [names[i] for i in places], fontsize=7)
