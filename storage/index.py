@@ -10,6 +10,7 @@ the next writer when it does not get it.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
@@ -24,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -39,7 +41,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("storage")
 
-SCHEMA_VERSION = 1
 Indexed = Literal["indexed", "index_behind"]
 
 # Tables that metric rows may name in their column `table`.
@@ -81,6 +82,12 @@ class QueryResult:
 def schema(part: str) -> str:
     """The text of `schema/{part}.sql`."""
     return resources.files("storage").joinpath("schema", f"{part}.sql").read_text(encoding="utf-8")
+
+
+@cache
+def schema_mark() -> str:
+    """Changes with every change of the schema: a database with another mark is filled again."""
+    return hashlib.sha256((schema("tables") + schema("views")).encode()).hexdigest()[:16]
 
 
 class LineageIndex:
@@ -236,11 +243,11 @@ class LineageIndex:
                 note.unlink()
 
     def _prepare(self, connection: duckdb.DuckDBPyConnection) -> None:
-        """Create what is missing; a database of another schema version is emptied and filled again."""
+        """Create what is missing; a database of another schema is emptied and filled again."""
         tables = {row[0] for row in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()}
         if "about" in tables:
-            versions = connection.execute("SELECT schema_version FROM about").fetchall()
-            if versions == [(SCHEMA_VERSION,)]:
+            marks = connection.execute("SELECT * FROM about").fetchall()
+            if marks == [(schema_mark(),)]:
                 return
             self._drop_all(connection)
             self._create(connection)
@@ -263,7 +270,7 @@ class LineageIndex:
         connection.execute(schema("tables"))
         connection.execute(schema("views"))
         connection.execute("DELETE FROM about")
-        connection.execute("INSERT INTO about VALUES (?)", [SCHEMA_VERSION])
+        connection.execute("INSERT INTO about VALUES (?)", [schema_mark()])
         connection.execute("COMMIT")
 
     def sources_on_disk(self) -> list[str]:

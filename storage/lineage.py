@@ -324,6 +324,8 @@ class _Tree:
             "code version": manifest.code_version,
             "libraries": ", ".join(f"{name} {version}" for name, version in manifest.libraries.items()),
         }
+        if manifest.stage == "responses":
+            facts |= self._lines_used(manifest)
         if manifest.status == "skipped":
             facts["skipped"] = manifest.summary.get("skipped", True)
         of = manifest.trait or manifest.experiment or "all"
@@ -374,6 +376,17 @@ class _Tree:
                 "source", title, "outdated", "the files were edited since", {"hash": value, "now": today}
             )
         return Node("source", title, "current", "", {"hash": value})
+
+    def _lines_used(self, manifest: Manifest) -> dict[str, str]:
+        """Which lines of the trait's files were answered: vetting and a limit leave some out."""
+        try:
+            rows = _numbers(self.workspace, manifest, {"table": "responses"}) or []
+        except ArtifactError:
+            return {}
+        used: dict[str, list[int]] = {}
+        for row in rows:
+            used.setdefault(f"{row['polarity']} lines used", []).append(int(row["line"]))
+        return {name: ", ".join(map(str, sorted(lines))) for name, lines in sorted(used.items())}
 
     def _scenario_lines(self, manifest: Manifest) -> list[Node]:
         if manifest.trait is None or (self.lines is not None and self.lines <= 0):

@@ -1,7 +1,8 @@
 -- The index over manifests and metric rows. It holds nothing that cannot be rebuilt from the files.
 -- Every row of every table carries run_id, fingerprint and created_at (UTC); `source` is the file it came from.
 
-CREATE TABLE IF NOT EXISTS about (schema_version INTEGER NOT NULL);
+-- Which version of this schema the file was made with.
+CREATE TABLE IF NOT EXISTS about (schema_mark VARCHAR NOT NULL);
 
 -- Files taken in so far.
 CREATE TABLE IF NOT EXISTS sources (source VARCHAR PRIMARY KEY, indexed_at TIMESTAMP NOT NULL);

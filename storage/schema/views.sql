@@ -97,7 +97,8 @@ SELECT (options -> '$.judge') AS judge, list_sort(list(DISTINCT stage)) AS stage
 FROM manifests WHERE (options -> '$.judge') IS NOT NULL GROUP BY (options -> '$.judge');
 
 -- One row per current result and each result that it was made from, at any distance (depth 1: a direct input).
--- `is_current`: the input still is what counts now, so nothing above it is out of date because of it.
+-- `is_current`: the input still is what counts now, so nothing above it is out of date because of it; NULL for
+-- what is no stored result, such as the files of a trait's folder.
 CREATE OR REPLACE VIEW chain AS
 WITH RECURSIVE made AS (
     SELECT c.experiment, c.stage, c.trait, c.fingerprint, 1 AS depth,
@@ -112,7 +113,8 @@ WITH RECURSIVE made AS (
 )
 SELECT DISTINCT made.experiment, made.stage, made.trait, made.fingerprint, made.depth,
        made.input, made.input_fingerprint, up.code_version AS input_code_version,
-       up.created_at AS input_created_at, up.run_id AS input_run_id, now_up.fingerprint IS NOT NULL AS is_current
+       up.created_at AS input_created_at, up.run_id AS input_run_id,
+       CASE WHEN up.fingerprint IS NOT NULL THEN now_up.fingerprint IS NOT NULL END AS is_current
 FROM made
 LEFT JOIN (
     SELECT experiment, stage, trait, fingerprint, max_by(code_version, created_at) AS code_version,

@@ -333,7 +333,7 @@ def test_a_damaged_database_fails_no_stage_and_can_be_rebuilt(
 def test_a_database_of_another_schema_is_filled_again(workspace: Workspace, make_manifest) -> None:
     commit(workspace, make_manifest, rows=[{"name": "a", "value": 1}])
     with workspace.index.connect() as connection:
-        connection.execute("UPDATE about SET schema_version = 999")
+        connection.execute("UPDATE about SET schema_mark = 'older'")
         connection.execute("CREATE TABLE stranger (x INTEGER)")
         connection.execute("DROP TABLE metrics CASCADE")
     commit(workspace, make_manifest, 1, [{"name": "b", "value": 2}], fingerprint=fingerprint(2))
