@@ -164,8 +164,7 @@ def test_methods_are_deterministic(synthetic: ModuleType, name: str) -> None:
 
 @pytest.mark.parametrize("name", ["mean_diff", "probe", "gradient", "lda", "pca_diff"])
 def test_a_subset_is_fitted_as_if_it_were_alone(synthetic: ModuleType, name: str) -> None:
-    """Only the label-free scale is shared: with equal scales a fold's fit equals a separate fit of its rows.
-    """
+    """Only the label-free scale is shared: with equal scales a fold's fit equals a separate fit of its rows."""
     made = synthetic.planted(30, 100, seed=6)
     alone = np.zeros(60, dtype=bool)
     alone[5:55] = True
