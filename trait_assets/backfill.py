@@ -70,21 +70,22 @@ class Backfill:
 
 
 def plan(
-    experiment: str, stages: Sequence[str], runs: Sequence[Sequence[str]], known: Sequence[str]
+    experiment: str, stages: Sequence[str], runs: Sequence[Sequence[str]], known: Sequence[str], limit: int
 ) -> list[Backfill]:
     """The backfills whose runs are exactly `runs`: ranges of neighbours in `known`, in that order.
 
-    The server joins neighbours into one run, up to the policy's limit. So where a run begins right behind the one before
-    it, the two go into different backfills; two backfills are always enough.
+    The server joins neighbours into runs of `limit`, the policy's. So where a run begins right behind one that is not
+    full, the two go into different backfills; two backfills are always enough.
     """
     place = {trait: index for index, trait in enumerate(known)}
     parts: tuple[list[list[str]], list[list[str]]] = ([], [])
-    part = 0
+    part, full = 0, False
     end: int | None = None
     for run in runs:
-        part = 1 - part if end is not None and place[run[0]] == end + 1 else 0
+        touches = end is not None and place[run[0]] == end + 1
+        part = (part if full else 1 - part) if touches else 0
         parts[part].append(list(run))
-        end = place[run[-1]]
+        end, full = place[run[-1]], len(run) == limit
     filled = [part for part in parts if part]
     n_traits = sum(map(len, runs))
     what = f"{experiment}: {_stages_text(stages)} of {n_traits} trait{'s' if n_traits != 1 else ''}"

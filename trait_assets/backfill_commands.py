@@ -170,7 +170,7 @@ def backfills_of(
             )
     chosen = [stage for stage in available if not stages or stage in stages]
     runs = contiguous_ranges(known, traits, chunk)
-    return plan(config.name, chosen, runs, known)
+    return plan(config.name, chosen, runs, known, TRAITS_PER_RUN)
 
 
 def document(
