@@ -385,7 +385,8 @@ class _Tree:
             return {}
         used: dict[str, list[int]] = {}
         for row in rows:
-            used.setdefault(f"{row['polarity']} lines used", []).append(int(row["line"]))
+            if "line" in row and "polarity" in row:
+                used.setdefault(f"{row['polarity']} lines used", []).append(int(row["line"]))
         return {name: ", ".join(map(str, sorted(lines))) for name, lines in sorted(used.items())}
 
     def _scenario_lines(self, manifest: Manifest) -> list[Node]:

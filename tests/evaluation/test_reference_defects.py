@@ -76,11 +76,12 @@ def test_2_position_component_and_methods_of_the_run_are_the_evaluated_ones(
 
 def test_3_layers_past_26_and_captured_subsets_are_evaluated(synthetic: ModuleType, tmp_path: Path) -> None:
     lab = synthetic.lab(tmp_path, methods=["mean_diff"])
-    train = synthetic.planted(14, 24, layers=40, gap=6.0)
-    lab.put("a/deep", train, synthetic.planted(6, 24, layers=40, gap=6.0, truth=train.truth, seed=3))
+    train = synthetic.planted(14, 24, layers=30, gap=6.0)
+    lab.put("a/deep", train, synthetic.planted(6, 24, layers=30, gap=6.0, truth=train.truth, seed=3))
     report = evaluated(lab, "a/deep")
-    assert [r["layer"] for r in report["rows"]] == list(range(40))
-    assert report["best"]["layer"] >= 26
+    assert [r["layer"] for r in report["rows"]] == list(range(30))
+    assert report["rows"][-1]["val_auc"] is not None
+    assert report["best"]["layer"] >= 20
     lab.put(
         "a/some", synthetic.planted(14, 24, layers=3), synthetic.planted(6, 24, layers=3), layers=[5, 31, 60]
     )
@@ -122,10 +123,10 @@ def test_6_choice_and_report_use_different_rows_and_carry_intervals(
     reported.
     """
     chosen, reported = [], []
-    for seed in range(6):
+    for seed in range(4):
         lab = synthetic.lab(tmp_path / str(seed), methods=["mean_diff", "lda"])
-        train = synthetic.planted(12, 24, layers=20, gap=0.0, seed=seed)
-        lab.put("a/noise", train, synthetic.planted(12, 24, layers=20, gap=0.0, seed=100 + seed))
+        train = synthetic.planted(12, 24, layers=12, gap=0.0, seed=seed)
+        lab.put("a/noise", train, synthetic.planted(12, 24, layers=12, gap=0.0, seed=100 + seed))
         best = evaluated(lab, "a/noise")["best"]
         chosen.append(best["cv_auc"])
         reported.append(best["val_auc"])
