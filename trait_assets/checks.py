@@ -57,6 +57,7 @@ CHECKS: dict[str, dict[str, str]] = {
     },
     "extraction_evaluation": {"all_evaluations_intact": "Every trait's evaluation could be read."},
     "steering_summary": {"all_results_intact": "Every trait's steering result could be read."},
+    "report": {"every_result_readable": "Every result that the report shows could be read."},
 }
 
 

@@ -28,6 +28,7 @@ from trait_assets.checks import CHECKS, stage_checks, table_checks  # noqa: E402
 from trait_assets.evaluation.asset import extraction_evaluation_asset, vector_evaluation_asset  # noqa: E402
 from trait_assets.experiments import Experiment, list_experiments, load_experiment  # noqa: E402
 from trait_assets.pipeline import TABLES, stages_of  # noqa: E402
+from trait_assets.report.asset import report_asset  # noqa: E402
 from trait_assets.responses.asset import responses_asset, vetted_responses_asset  # noqa: E402
 from trait_assets.scenarios.asset import scenarios_asset, vetted_scenarios_asset  # noqa: E402
 from trait_assets.stage import OverridesResource  # noqa: E402
@@ -55,6 +56,7 @@ def experiment_assets(experiment: Experiment) -> list[dg.AssetsDefinition]:
     ]
     if experiment.steering:
         assets += [steering_results_asset(experiment), steering_summary_asset(experiment)]
+    assets.append(report_asset(experiment))
     return assets
 
 

@@ -168,7 +168,9 @@ class Launcher:
             for batch in contiguous_ranges(known_traits(self.instance), traits, TRAITS_PER_RUN):
                 self._launch_batch(batch, [s for s in PIPELINE if s in stages])
             for table, below in TABLES.items():
-                if below in stages and below in stages_of(self.effective):
+                # the report shows steering too, so it follows both
+                over = {below, "steering_results"} if table == "report" else {below}
+                if over & set(stages) and below in stages_of(self.effective):
                     self._execute([table], None)
         return self.report
 

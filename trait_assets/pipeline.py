@@ -50,7 +50,12 @@ PIPELINE = (
     "steering_results",
 )
 # table over all traits → the stage that it lies over
-TABLES = {"extraction_evaluation": "vector_evaluation", "steering_summary": "steering_results"}
+TABLES = {
+    "extraction_evaluation": "vector_evaluation",
+    "steering_summary": "steering_results",
+    # shows whatever there is, so it comes last
+    "report": "vector_evaluation",
+}
 
 RECORDED_LIBRARIES = ("torch", "transformers", "scikit-learn", "numpy", "dagster")
 

@@ -6,6 +6,7 @@ from trait_assets.activations.extraction import ActivationsStage
 from trait_assets.evaluation.evaluation import ExtractionEvaluationStage, VectorEvaluationStage
 from trait_assets.judging import VettedResponsesStage, VettedScenariosStage
 from trait_assets.pipeline import Stage
+from trait_assets.report.report import ReportStage
 from trait_assets.responses.generation import ResponsesStage
 from trait_assets.scenarios.reading import ScenariosStage
 from trait_assets.steering.evaluation import SteeringStage, SteeringSummaryStage
@@ -25,6 +26,7 @@ def all_stages() -> dict[str, Stage]:
         SteeringStage(),
         ExtractionEvaluationStage(),
         SteeringSummaryStage(),
+        ReportStage(),
     ]
     return {stage.name: stage for stage in stages}
 

@@ -234,8 +234,10 @@ def print_report(
         )
     rows = [trait_row(workspace, experiment, trait) for trait in traits]
     print_results(console, workspace, experiment, rows)
-    console.print(f"Files: {workspace.store.describe(experiment.name)}", soft_wrap=True)
-    console.print("UI:    make ui  →  http://127.0.0.1:3000  (assets of the group, a trait is a partition)")
+    console.print(f"Files:  {workspace.store.describe(experiment.name)}", soft_wrap=True)
+    if (path := report_path(workspace, experiment)) is not None:
+        console.print(f"Report: {path}  (open it in a browser)", soft_wrap=True)
+    console.print("UI:     make ui  →  http://127.0.0.1:3000  (assets of the group, a trait is a partition)")
 
 
 def _work(stage: Any) -> str:
@@ -278,7 +280,16 @@ def report_json(
         "failures": report.failures,
         "results": [trait_row(workspace, experiment, trait) for trait in traits],
         "store": workspace.store.describe(experiment.name),
+        "report": report_path(workspace, experiment),
     }
+
+
+def report_path(workspace: Workspace, experiment: Experiment) -> str | None:
+    """Where the experiment's HTML report is, None while there is none."""
+    manifest = workspace.manifests.read(experiment.name, "report", None)
+    if manifest is None or manifest.status != "done":
+        return None
+    return workspace.store.describe(next(key for key in manifest.files if key.endswith(".html")))
 
 
 def status_rows(
@@ -287,8 +298,13 @@ def status_rows(
     dataset_root: Path,
     wanted: Sequence[str] | None,
     stages: Sequence[str],
+    *,
+    verify_files: bool = True,
 ) -> list[dict[str, Any]]:
-    """trait × stage with state and reason. A stage is stale when an input's fingerprint has moved on since."""
+    """trait × stage with state and reason. A stage is stale when an input's fingerprint has moved on since.
+
+    `verify_files` False: the files themselves are not hashed, so damage inside one is not seen.
+    """
     from trait_assets.scenarios.dataset import discover, trait_hash
 
     found = discover(dataset_root)
@@ -301,7 +317,7 @@ def status_rows(
             row["problem"] = found.problems[trait]
         for stage in stages:
             shared = stage == "scenarios"
-            state, reason = _state(workspace, None if shared else experiment.name, stage, trait)
+            state, reason = _state(workspace, None if shared else experiment.name, stage, trait, verify_files)
             if state == "current" and shared and trait in found.traits:
                 manifest = workspace.manifests.read(None, stage, trait)
                 assert manifest is not None
@@ -312,7 +328,9 @@ def status_rows(
     return rows
 
 
-def _state(workspace: Workspace, experiment: str | None, stage: str, trait: str) -> tuple[str, str | None]:
+def _state(
+    workspace: Workspace, experiment: str | None, stage: str, trait: str, verify_files: bool
+) -> tuple[str, str | None]:
     try:
         manifest = workspace.manifests.read(experiment, stage, trait)
     except ArtifactError as error:
@@ -327,7 +345,7 @@ def _state(workspace: Workspace, experiment: str | None, stage: str, trait: str)
         return "missing", None
     if manifest.status == "skipped":
         return "skipped", str(manifest.summary.get("skipped"))
-    problems = workspace.manifests.verify(manifest)
+    problems = workspace.manifests.verify(manifest) if verify_files else []
     if problems:
         return "damaged", "; ".join(problems[:3])
     return _staleness(workspace, manifest)
