@@ -165,7 +165,7 @@ def _defaults(ctx: StageContext, trait: str, notes: list[str]) -> dict[str, Any]
 
 
 def _candidate(ctx: StageContext, trait: str, wanted: dict[str, Any]) -> Candidate:
-    from trait_assets.steering.candidates import Scored, load_candidates
+    from trait_assets.steering.candidates import Directions, Scored
 
     if wanted["method"] is None or wanted["layer"] is None:
         raise UserError(
@@ -175,7 +175,7 @@ def _candidate(ctx: StageContext, trait: str, wanted: dict[str, Any]) -> Candida
         )
     Position.parse(wanted["position"])
     chosen = Scored(int(wanted["layer"]), wanted["method"], wanted["position"], wanted["component"])
-    return load_candidates(ctx.workspace, ctx.experiment.name, trait, [chosen])[0]
+    return Directions(ctx.workspace, ctx.experiment.name, trait).candidates([chosen])[0]
 
 
 def _stored_norm(ctx: StageContext, trait: str, candidate: Candidate, record: dict[str, Any]) -> float | None:

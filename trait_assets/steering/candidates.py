@@ -9,18 +9,24 @@ stands for its band.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from storage.errors import UserError
-from trait_assets.steering.dose_search import Candidate
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from storage.workspace import Workspace
+    from trait_assets.steering.dose_search import Candidate
+    from trait_assets.vectors.vector import VectorFile
 
 # below this cross-validated AUC a direction does not even separate what it was fitted on
 LEAST_AUC = 0.6
+# two directions at one site with a larger cosine are one candidate: steering with both would measure the same
+# twice
+SAME_COSINE = 0.95
 NULL_METHODS = ("random",)
 
 
@@ -58,6 +64,9 @@ class Scored:
         }
 
 
+Cosine = Callable[[Scored, Scored], float]
+
+
 def read_scored(rows: Iterable[Mapping[str, Any]]) -> list[Scored]:
     """The rows of evaluation.json as candidates; null methods are left out."""
     return [
@@ -86,6 +95,7 @@ def shortlist(
     methods: Sequence[str] | None,
     explicit: Sequence[Mapping[str, Any]] | None,
     limit: int,
+    cosine: Cosine | None = None,
 ) -> list[Scored]:
     """At most `limit` candidates. `layers`: those allowed (None: all); `methods`: those allowed.
 
@@ -125,31 +135,45 @@ def shortlist(
     # families that lead come first when there are more of them than places
     order = sorted(families, key=lambda f: -max(s.merit for s in families[f]))[:limit]
     places = {f: limit // len(order) + (1 if i < limit % len(order) else 0) for i, f in enumerate(order)}
-    chosen = [s for f in order for s in _spread(families[f], places[f])]
-    # an empty band leaves places to whoever is next best
+    chosen: list[Scored] = []
+
+    def is_new(s: Scored) -> bool:
+        return s not in chosen and not any(_same(s, c, cosine) for c in chosen)
+
+    for family in order:
+        for band in _bands(families[family], places[family]):
+            fresh = [s for s in band if is_new(s)]
+            if fresh:
+                middle = (band[0].layer + band[-1].layer) / 2
+                # detection is noisy: differences in the second decimal are none
+                chosen.append(max(fresh, key=lambda s, m=middle: (round(s.merit, 1), -abs(s.layer - m))))
+    # a place that stayed empty goes to whoever is next best
     for s in sorted(pool, key=lambda s: -s.merit):
         if len(chosen) >= limit:
             break
-        if s not in chosen and s.family in places:
+        if s.family in places and is_new(s):
             chosen.append(s)
     return sorted(chosen, key=lambda s: -s.merit)
 
 
-def _spread(family: Sequence[Scored], places: int) -> list[Scored]:
+def _same(a: Scored, b: Scored, cosine: Cosine | None) -> bool:
+    if cosine is None or (a.layer, a.component) != (b.layer, b.component):
+        return False
+    return cosine(a, b) > SAME_COSINE
+
+
+def _bands(family: Sequence[Scored], places: int) -> list[list[Scored]]:
+    """The family's layers cut into bands of equal depth, empty ones left out; every layer by itself if they
+    fit."""
     ordered = sorted(family, key=lambda s: s.layer)
     if len(ordered) <= places:
-        return list(ordered)
+        return [[s] for s in ordered]
     low, high = ordered[0].layer, ordered[-1].layer + 1
     width = (high - low) / places
-    out = []
-    for band in range(places):
-        start, stop = low + band * width, low + (band + 1) * width
-        inside = [s for s in ordered if start <= s.layer < stop]
-        if inside:
-            middle = (start + stop - 1) / 2
-            # detection is noisy: differences in the second decimal are none
-            out.append(max(inside, key=lambda s: (round(s.merit, 1), -abs(s.layer - middle))))
-    return out
+    bands: list[list[Scored]] = [[] for _ in range(places)]
+    for s in ordered:
+        bands[min(int((s.layer - low) / width), places - 1)].append(s)
+    return [band for band in bands if band]
 
 
 def _explicit(scored: Sequence[Scored], explicit: Sequence[Mapping[str, Any]], trait: str) -> list[Scored]:
@@ -189,20 +213,35 @@ def window_layers(n_layers: int, window: tuple[float, float]) -> list[int]:
     return [i for i in range(n_layers) if window[0] <= i / (n_layers - 1) <= window[1]]
 
 
-def load_candidates(
-    workspace: Workspace, experiment: str, trait: str, chosen: Sequence[Scored]
-) -> list[Candidate]:
-    """Directions of a shortlist, each pointing towards the trait."""
-    import numpy as np
+class Directions:
+    """Unit directions of one trait's vectors, read once per file, each pointing towards the trait."""
 
-    from trait_assets.vectors.vector import VectorFile, load_vectors
+    def __init__(self, workspace: Workspace, experiment: str, trait: str) -> None:
+        self._workspace = workspace
+        self._experiment = experiment
+        self._trait = trait
+        self._files: dict[tuple[str, str, str], VectorFile] = {}
 
-    files: dict[tuple[str, str, str], VectorFile] = {}
-    out = []
-    for rank, s in enumerate(chosen):
-        if s.family not in files:
-            files[s.family] = load_vectors(workspace, experiment, trait, s.position, s.component, s.method)
-        vector = files[s.family].vector(s.layer)
-        direction = np.ascontiguousarray(vector.direction * vector.sign, dtype=np.float32)
-        out.append(Candidate(s.layer, s.method, s.position, s.component, direction, rank, s.record()))
-    return out
+    def of(self, s: Scored) -> np.ndarray:
+        """[hidden] float32. UserError when there is no such file or layer."""
+        import numpy as np
+
+        from trait_assets.vectors.vector import load_vectors
+
+        if s.family not in self._files:
+            self._files[s.family] = load_vectors(
+                self._workspace, self._experiment, self._trait, s.position, s.component, s.method
+            )
+        vector = self._files[s.family].vector(s.layer)
+        return np.ascontiguousarray(vector.direction * vector.sign, dtype=np.float32)
+
+    def cosine(self, a: Scored, b: Scored) -> float:
+        return float(self.of(a) @ self.of(b))
+
+    def candidates(self, chosen: Sequence[Scored]) -> list[Candidate]:
+        from trait_assets.steering.dose_search import Candidate
+
+        return [
+            Candidate(s.layer, s.method, s.position, s.component, self.of(s), rank, s.record())
+            for rank, s in enumerate(chosen)
+        ]

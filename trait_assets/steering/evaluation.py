@@ -22,7 +22,7 @@ from trait_assets.judging import judge_name, trait_context
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.dataset import ScenarioSet
 from trait_assets.scenarios.selection import read_scenario_set
-from trait_assets.steering.candidates import Scored, load_candidates, read_scored, shortlist, window_layers
+from trait_assets.steering.candidates import Directions, Scored, read_scored, shortlist, window_layers
 from trait_assets.steering.prompting import trait_system_prompt
 from trait_assets.steering.questions import Questions, read_questions
 
@@ -185,6 +185,7 @@ def _choose(
         methods=steer.methods,
         explicit=steer.candidates,
         limit=steer.max_candidates,
+        cosine=Directions(ctx.workspace, e.name, trait).cosine,
     )
     return chosen, dict(record.get("model") or {}), n_layers, flags
 
@@ -213,7 +214,7 @@ def _prepare(ctx: StageContext, plan: Plan, model: LanguageModel) -> _Prepared:
 
     payload: _Payload = plan.payload
     trait = str(plan.trait)
-    candidates = load_candidates(ctx.workspace, ctx.experiment.name, trait, payload.chosen)
+    candidates = Directions(ctx.workspace, ctx.experiment.name, trait).candidates(payload.chosen)
     flags = list(payload.flags)
     steer = ctx.experiment.steer
     if steer.layers is None and steer.candidates is None:
