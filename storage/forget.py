@@ -1,16 +1,18 @@
 """Removing all that is stored about a trait.
 
-Belongs here: finding and deleting its files, caches and index rows. Does not: the trait's folder under
-datasets/ and the partition in Dagster (the command line does those).
+Belongs here: finding and deleting its files, caches and index rows, and the tables over all traits that show
+it. Does not: the partition in Dagster (the command line does that), the trait's folder under datasets/.
 """
 
 from __future__ import annotations
 
+import json
+import re
 from dataclasses import dataclass
 
 from storage import keys
 from storage.errors import UserError
-from storage.index import ROW_TABLES, IndexBusy
+from storage.index import ROW_TABLES
 from storage.workspace import Workspace
 
 # Folders of an experiment (and of what is shared) that have a part per stage and trait.
@@ -29,11 +31,12 @@ class Forgotten:
 
 
 def forget(workspace: Workspace, trait: str, *, dry_run: bool = False) -> Forgotten:
-    """Remove the trait's artifacts, manifests, metrics, caches and index rows, in every experiment.
+    """Remove the trait's artifacts, manifests, metrics, caches and index rows, in every experiment, and the
+    tables over all traits that show it (the next run makes those again, without it).
 
     Manifests go first: a kill half way leaves files that count for nothing, and a second call removes
-    them. Tables over all traits still show it until they are made again. UserError when nothing is stored
-    under that name.
+    them. The index is made anew, so that its file does not hold deleted rows either. UserError when nothing
+    is stored under that name, or when another program holds the index (the files are removed by then).
     """
     keys.check_trait(trait)
     found = _keys_of(workspace, trait)
@@ -43,11 +46,20 @@ def forget(workspace: Workspace, trait: str, *, dry_run: bool = False) -> Forgot
         )
     if dry_run:
         return Forgotten(trait, tuple(found), 0)
+    rows = _rows_of(workspace, trait)
     for key in found:
         workspace.store.delete(key)
     for folder in dict.fromkeys(_folders_of(workspace, trait)):
         workspace.store.delete_tree(folder)
-    return Forgotten(trait, tuple(found), _forget_rows(workspace, trait))
+    try:
+        workspace.index.rebuild()
+    except UserError as error:
+        raise UserError(
+            "the files are removed, but another program has the index open",
+            where=str(workspace.index.path),
+            remedy="Close it and run `traits rebuild-index`.",
+        ) from error
+    return Forgotten(trait, tuple(found), rows)
 
 
 def _folders_of(workspace: Workspace, trait: str) -> list[str]:
@@ -69,34 +81,59 @@ def _folders_of(workspace: Workspace, trait: str) -> list[str]:
 
 
 def _keys_of(workspace: Workspace, trait: str) -> list[str]:
+    """What to delete, current manifests first, each key once."""
     store = workspace.store
     manifests, rest = [], []
     for folder in _folders_of(workspace, trait):
         rest += store.list(folder)
         if "/manifests/" in folder and store.exists(f"{folder}.json"):
             manifests.append(f"{folder}.json")
-    return manifests + rest
+    table_manifests, table_rest = _tables_of(workspace, trait)
+    return list(dict.fromkeys([*table_manifests, *manifests, *table_rest, *rest]))
 
 
-def _forget_rows(workspace: Workspace, trait: str) -> int:
-    """Delete the trait's rows from the index. UserError when another program holds it all the time."""
-    removed = 0
+def _tables_of(workspace: Workspace, trait: str) -> tuple[list[str], list[str]]:
+    """(current manifests, everything else) of the results over all traits that this trait went into."""
+    store = workspace.store
+    # no neighbour whose name only begins or ends alike
+    named = re.compile(rf"(?<![a-z0-9_-]){re.escape(trait)}(?![a-z0-9_-])".encode())
+    manifests: list[str] = []
+    rest: list[str] = []
+    for top in store.children():
+        if top.startswith("_") and top != keys.SHARED:
+            continue
+        for name in store.children(f"{top}/manifests"):
+            key = f"{top}/manifests/{name}"
+            if not name.endswith(".json"):
+                continue
+            data = store.read_bytes(key)
+            if named.search(data):
+                manifests.append(key)
+                rest += _files_named_in(data)
+                rest += store.list(f"{top}/pictures/{name.removesuffix('.json')}/_table")
+        for stage in store.children(f"{top}/history"):
+            for key in store.list(f"{top}/history/{stage}/_table"):
+                data = store.read_bytes(key)
+                if named.search(data):
+                    # the rows lie beside the history, under the same name
+                    rows = key.replace("/history/", "/metrics/", 1).removesuffix(".json") + ".parquet"
+                    rest += [key, *([rows] if store.exists(rows) else []), *_files_named_in(data)]
+    return manifests, [key for key in rest if store.exists(key)]
+
+
+def _files_named_in(manifest: bytes) -> list[str]:
+    """The files of a manifest; of one that cannot be read, none: its stage overwrites them."""
     try:
-        with workspace.index.writing() as connection:
-            for table in ("manifests", "inputs", "current_pointers", *ROW_TABLES):
-                (count,) = connection.execute(
-                    f"SELECT count(*) FROM {table} WHERE trait = ?", [trait]
-                ).fetchall()[0]
-                removed += int(count)
-                connection.execute(f"DELETE FROM {table} WHERE trait = ?", [trait])
-            connection.execute(
-                "DELETE FROM sources WHERE contains(source, ?) OR contains(source, ?)",
-                [f"/{trait}/", f"/{trait}.json"],
-            )
-    except IndexBusy as error:
-        raise UserError(
-            "the files are removed, but another program has the index open",
-            where=str(workspace.index.path),
-            remedy="Close it and run `traits rebuild-index`.",
-        ) from error
-    return removed
+        return sorted(json.loads(manifest)["files"])
+    except (ValueError, KeyError, TypeError):
+        return []
+
+
+def _rows_of(workspace: Workspace, trait: str) -> int:
+    """How many rows the index has of the trait."""
+    tables = ("manifests", "inputs", "current_pointers", *ROW_TABLES)
+    counts = " UNION ALL ".join(f"SELECT count(*) AS n FROM {table} WHERE trait = $1" for table in tables)
+    try:
+        return int(workspace.index.sql(f"SELECT sum(n) FROM ({counts})", [trait]).rows[0][0])
+    except UserError:  # a broken index is made anew anyway
+        return 0

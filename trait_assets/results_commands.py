@@ -136,14 +136,14 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
     ) -> None:
         """Compare two experiments: inputs, options and numbers that differ, and cosines between their vectors."""
         with one_line_errors(verbose):
-            from trait_assets.compare import compare_experiments
+            from trait_assets.compare import compare_experiments, show
 
             wanted = [t.strip() for t in traits.split(",")] if traits else None
             comparison = compare_experiments(workspace(), experiment_a, experiment_b, wanted)
             if as_json:
                 _print_json(comparison.record())
             else:
-                _print(comparison_tables(comparison.record()))
+                _print(show(comparison))
 
     @app.command()
     def forget(
@@ -155,24 +155,34 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
         """Remove a trait's results everywhere: artifacts, caches, rows and its partition. Its folder stays."""
         with one_line_errors(verbose):
             from storage.forget import forget as forget_trait
-
-            store = workspace()
-            found = forget_trait(store, trait, dry_run=True)
-            for key in found.keys if dry_run else ():
-                typer.echo(key)
-            typer.echo(f"{len(found.keys)} files of {trait}")
-            if dry_run:
-                return
-            if not yes and not typer.confirm("Remove them?"):
-                raise typer.Exit(1)
-            removed = forget_trait(store, trait)
+            from storage.keys import check_trait
             from trait_assets.launch import open_instance
             from trait_assets.partitions import TRAITS
 
+            store = workspace()
+            check_trait(trait)
             with open_instance() as instance:
-                if instance.has_dynamic_partition(TRAITS, trait):
-                    instance.delete_dynamic_partition(TRAITS, trait)
-            typer.echo(f"removed {len(removed.keys)} files and {removed.rows} rows")
+                # a kill after the files went leaves the partition: a second call removes it
+                partition = instance.has_dynamic_partition(TRAITS, trait)
+                try:
+                    found = forget_trait(store, trait, dry_run=True).keys
+                except UserError:
+                    if not partition:
+                        raise
+                    found = ()
+                for key in found if dry_run else ():
+                    typer.echo(key)
+                typer.echo(f"{len(found)} files of {trait}")
+                if dry_run:
+                    return
+                if not yes and not typer.confirm("Remove them?"):
+                    raise typer.Exit(1)
+                try:
+                    rows = forget_trait(store, trait).rows if found else 0
+                finally:
+                    if partition:
+                        instance.delete_dynamic_partition(TRAITS, trait)
+                typer.echo(f"removed {len(found)} files and {rows} rows")
 
     @app.command("export")
     def export_command(
@@ -215,7 +225,7 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
             if activations:
                 written += export_activations(workspace(), experiment, trait, out)
             for file in written:
-                typer.echo(f"wrote {file.path}")
+                typer.echo(f"wrote {file.path}" + (f" ({file.note})" if file.note else ""))
 
     @app.command("import")
     def import_command(
@@ -334,34 +344,6 @@ def _source_hash(trait: str) -> str | None:
         return trait_hash(paths.dataset_root(), trait)
     except UserError:
         return None
-
-
-def comparison_tables(comparison: dict[str, Any]) -> Any:
-    """Differences by kind, then cosines."""
-    from rich.console import Group
-    from rich.table import Table
-
-    a, b = comparison["a"], comparison["b"]
-    differences = Table(title=f"{a} and {b}: what differs", title_justify="left")
-    for column in ("trait", "stage", "kind", "name", a, b):
-        differences.add_column(column, overflow="fold")
-    for row in comparison["differences"]:
-        differences.add_row(
-            *(
-                str(row.get(c) if row.get(c) is not None else "–")
-                for c in ("trait", "stage", "kind", "name", "a", "b")
-            )
-        )
-    cosines = Table(title="Cosines between the vectors", title_justify="left")
-    for column in ("trait", "position", "component", "method", "layer", "cosine"):
-        cosines.add_column(column, overflow="fold")
-    for row in comparison["cosines"]:
-        value = row.get("cosine")
-        cosines.add_row(
-            *(str(row.get(c)) for c in ("trait", "position", "component", "method", "layer")),
-            str(row.get("note")) if value is None else f"{value:.3f}",
-        )
-    return Group(differences, cosines)
 
 
 def agreement_table(report: dict[str, Any]) -> Any:

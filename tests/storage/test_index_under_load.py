@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
+import json
+import subprocess
 import sys
+import textwrap
 import time
 from pathlib import Path
 
@@ -13,26 +15,41 @@ from storage.workspace import Workspace
 
 WRITERS, WRITES, HELD = 8, 12, 20.0
 
-
-def _write(root: str, database: str, worker: int, outcomes) -> None:
+WRITER = textwrap.dedent(
+    f"""
+    import json, sys
+    from storage.workspace import Workspace
+    root, database, worker = sys.argv[1:]
     workspace = Workspace(root, database)
     workspace.index.patience = 1.0
     seen = []
-    for n in range(WRITES):
-        rows = [{"name": "n", "value": n, "layer": worker}]
+    for n in range({WRITES}):
+        rows = [{{"name": "n", "value": n, "layer": int(worker)}}]
         seen.append(
-            workspace.metrics.write("demo", "vectors", f"t/w{worker}-{n}", rows, f"run-{worker}", "f")
+            workspace.metrics.write("demo", "vectors", f"t/w{{worker}}-{{n}}", rows, f"run-{{worker}}", "f")
         )
-    outcomes.put((worker, seen))
-
-
-def _read(database: str, held, seconds: float) -> None:
+    print(json.dumps(seen))
+    """
+)
+READER = textwrap.dedent(
+    f"""
+    import sys, time
     import duckdb
-
-    connection = duckdb.connect(database, read_only=True)
-    held.set()
-    time.sleep(seconds)
+    connection = duckdb.connect(sys.argv[1], read_only=True)
+    print("held", flush=True)
+    time.sleep({HELD})
     connection.close()
+    """
+)
+
+
+def _start(program: str, *arguments: str) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        stdout=subprocess.PIPE,
+        text=True,
+        cwd=Path(__file__).parents[2],
+    )
 
 
 @pytest.mark.slow
@@ -40,22 +57,18 @@ def test_no_row_is_lost_and_no_stage_fails(tmp_path: Path) -> None:
     root, database = str(tmp_path / "experiments"), str(tmp_path / "lineage.duckdb")
     workspace = Workspace(root, database)
     workspace.metrics.write("demo", "vectors", "t/first", [{"name": "n", "value": -1, "layer": -1}], "r", "f")
-    context = multiprocessing.get_context("spawn")
-    held, outcomes = context.Event(), context.Queue()
-    reader = context.Process(target=_read, args=(database, held, HELD))
-    reader.start()
-    assert held.wait(60)
+    reader = _start(READER, database)
+    assert reader.stdout is not None
+    assert reader.stdout.readline() == "held\n"
     started = time.monotonic()
-    writers = [context.Process(target=_write, args=(root, database, i, outcomes)) for i in range(WRITERS)]
-    for writer in writers:
-        writer.start()
-    seen = dict(outcomes.get(timeout=300) for _ in writers)
+    writers = [_start(WRITER, root, database, str(i)) for i in range(WRITERS)]
+    seen = [json.loads(writer.communicate(timeout=300)[0]) for writer in writers]
     took = time.monotonic() - started
-    for writer in writers:
-        writer.join(60)
-        assert writer.exitcode == 0
-    reader.join(60)
-    behind = sum(outcome == "index_behind" for all_of_one in seen.values() for outcome in all_of_one)
+    assert [writer.returncode for writer in writers] == [0] * WRITERS
+    reader.communicate(timeout=60)
+    outcomes = [outcome for of_one in seen for outcome in of_one]
+    assert len(outcomes) == WRITERS * WRITES
+    behind = outcomes.count("index_behind")
     print(f"{behind} of {WRITERS * WRITES} writes behind, {took:.1f} s", file=sys.stderr)
     assert behind > 0, "the reader was meant to be in the way"
     # whoever writes next takes everything in

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -265,6 +266,27 @@ def test_markup_in_scenarios_is_text(workspace: Workspace) -> None:
     assert "[bold]not markup[/bold] [/]" in out.getvalue()
 
 
+def commit_table(w: Workspace, experiment: str, traits: list[str]) -> None:
+    """A result over all traits, with a file, a picture and a row."""
+    key = keys.extraction(experiment, None, "table.json")
+    mark = fingerprint(["table", experiment, traits])
+    files = {key: w.store.write_json(key, {"traits": traits})}
+    w.store.write_bytes(keys.picture(experiment, "summary_table", None, "p"), b"png")
+    manifest = Manifest(
+        stage="summary_table",
+        experiment=experiment,
+        trait=None,
+        fingerprint=mark,
+        status="done",
+        code_version="1",
+        run_id="table-run",
+        created_at=START.isoformat(),
+        inputs=dict.fromkeys(traits, "a" * 32),
+        files=files,
+    )
+    w.commit(manifest, [{"name": "change", "value": 1.0, "of": trait} for trait in traits])
+
+
 def test_a_forgotten_trait_leaves_nothing_and_takes_nothing_else_along(any_workspace: Workspace) -> None:
     w = any_workspace
     for experiment, trait in (("demo", "tonal/dry"), ("other", "tonal/dry"), ("demo", "tonal/dry-wit")):
@@ -273,17 +295,26 @@ def test_a_forgotten_trait_leaves_nothing_and_takes_nothing_else_along(any_works
         w.row_cache("judge", trait).put_many({"k": {"score": 1}})
         w.store.write_bytes(keys.picture(experiment, "vectors", trait, "p"), b"png")
         w.row_journal(experiment, "responses", trait).put_many({"k": {"x": 1}})
+    commit_table(w, "demo", ["tonal/dry", "tonal/dry-wit"])
+    commit_table(w, "other", ["tonal/dry-wit"])
     kept_before = [key for key in w.store.list() if "/dry-wit" in key]
+    kept_before += [key for key in w.store.list("other") if "table" in key]
+    kept_before.sort()
     trial = forget(w, "tonal/dry", dry_run=True)
     assert len(w.store.list()) == len(trial.keys) + len(kept_before)
     done = forget(w, "tonal/dry")
     assert sorted(done.keys) == sorted(trial.keys)
     assert done.rows > 0
     assert w.store.list() == kept_before
-    assert w.index.sql("SELECT DISTINCT trait FROM manifests").rows == [("tonal/dry-wit",)]
-    assert w.index.sql("SELECT count(*) FROM sources WHERE source NOT LIKE '%dry-wit%'").rows == [(0,)]
+    left = re.compile(rb"tonal/dry(?!-)")
+    assert not [key for key in w.store.list() if left.search(w.store.read_bytes(key))]
+    assert not left.search(w.index.path.read_bytes()), "deleted rows stay in a database file"
+    traits = w.index.sql("SELECT DISTINCT trait FROM manifests ORDER BY trait NULLS LAST").rows
+    assert traits == [("tonal/dry-wit",), (None,)]
     w.index.rebuild()
-    assert w.index.sql("SELECT DISTINCT trait FROM metrics").rows == [("tonal/dry-wit",)]
+    assert w.index.sql("SELECT DISTINCT trait FROM metrics WHERE trait IS NOT NULL").rows == [
+        ("tonal/dry-wit",)
+    ]
     with pytest.raises(UserError, match="nothing is stored"):
         forget(w, "tonal/dry")
     with pytest.raises(UserError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import subprocess
 import sys
@@ -143,20 +142,24 @@ def test_threads_share_a_cache(workspace: Workspace) -> None:
     assert len(workspace.row_cache("judge", "tonal/dry")) == 180
 
 
-def _write_rows(root: str, worker: int, count: int) -> None:
-    cache = RowCache(ArtifactStore(root), PREFIX)
-    for n in range(count):
-        cache.put_many({f"{worker}-{n}": {"n": n}})
-
-
 def test_processes_write_and_compact_at_once_without_loss(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_write_rows, args=(str(tmp_path), i, 100)) for i in range(4)]
-    for worker in workers:
-        worker.start()
-    for worker in workers:
-        worker.join(120)
-        assert worker.exitcode == 0
+    program = textwrap.dedent(
+        f"""
+        import sys
+        from storage.artifacts import ArtifactStore
+        from storage.rows import RowCache
+        cache = RowCache(ArtifactStore(sys.argv[1]), {PREFIX!r})
+        for n in range(100):
+            cache.put_many({{f"{{sys.argv[2]}}-{{n}}": {{"n": n}}}})
+        """
+    )
+    workers = [
+        subprocess.Popen(
+            [sys.executable, "-c", program, str(tmp_path), str(i)], cwd=Path(__file__).parents[2]
+        )
+        for i in range(4)
+    ]
+    assert [worker.wait(120) for worker in workers] == [0] * 4
     cache = RowCache(ArtifactStore(tmp_path), PREFIX)
     assert cache.keys() == sorted(f"{i}-{n}" for i in range(4) for n in range(100))
 

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from storage.artifacts import ArtifactStore, encode_json
+from storage.artifacts import ArtifactStore, FileRecord, encode_json
 from storage.errors import UserError
 from trait_assets.vectors.vector import VectorFile, load_vectors, vector_folder
 
@@ -128,12 +128,15 @@ def _chosen(
     components: Iterable[str] | None,
     methods: Iterable[str] | None,
 ) -> list[VectorFile]:
-    manifest = workspace.manifests.read(experiment, "vectors", trait)
-    if manifest is None:
+    stored: dict[str, FileRecord] = {}
+    for stage in ("imported_vectors", "vectors"):
+        manifest = workspace.manifests.read(experiment, stage, trait)
+        stored |= {} if manifest is None else manifest.files
+    if not stored:
         raise UserError(f"{trait} has no vectors in {experiment}", remedy="Materialise `vectors` first.")
     wanted = [None if choice is None else set(choice) for choice in (positions, components, methods)]
     files = []
-    for key, record in sorted(manifest.files.items()):
+    for key, record in sorted(stored.items()):
         if not key.endswith("/vectors.safetensors"):
             continue
         data = workspace.store.read_bytes(key, record)
