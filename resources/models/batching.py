@@ -155,7 +155,7 @@ class Batcher:
     solo: bool = False
     budgets: dict[Mode, int] = field(default_factory=dict)
     measured: dict[Mode, float] = field(default_factory=dict)
-    _told: dict[Mode, int] = field(default_factory=dict)
+    _told: set[tuple[Mode, int]] = field(default_factory=set)
 
     def row_bytes(self, mode: Mode, tokens: int) -> int:
         """The estimate, corrected by a calibration row where one was measured."""
@@ -177,11 +177,14 @@ class Batcher:
         return max(1, min(budget // self.row_bytes(mode, tokens), limit, self.max_rows or limit))
 
     def announce(self, mode: Mode, tokens: int) -> None:
-        """Print the size that rows of `tokens` tokens get, once per mode and size."""
+        """Print the size that rows of `tokens` tokens get, once per mode and size.
+
+        Sizes within an eighth of one already told are the same news: free memory is never twice the same.
+        """
         rows = self.rows(mode, tokens)
-        if self._told.get(mode) == rows:
+        if any(told == mode and abs(size - rows) * 8 <= size for told, size in self._told):
             return
-        self._told[mode] = rows
+        self._told.add((mode, rows))
         print(
             f"Auto batch size: {rows} (mode={mode}, free={free_bytes(self.devices) / 2**30:.1f} GB,"
             f" per_seq={self.row_bytes(mode, tokens) / 2**20:.1f} MB)",

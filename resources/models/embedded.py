@@ -128,7 +128,7 @@ def converted_folder(model: str) -> Path:
     """Folder with the embedded model as safetensors, converting it on first use.
 
     The conversion happens in a temporary folder that is renamed when complete, under a lock: two processes
-    convert once, and a killed one leaves nothing that looks finished.
+    convert once, and what a killed one leaves does not look finished and is removed by the next.
     """
     entry = embedded(model)
     parent = cache_root() / "embedded"
@@ -137,6 +137,8 @@ def converted_folder(model: str) -> Path:
     if not folder.exists():
         with FileLock(str(folder) + ".lock"):
             if not folder.exists():
+                for abandoned in parent.glob(f"{folder.name}.*.partial"):
+                    shutil.rmtree(abandoned)
                 partial = Path(tempfile.mkdtemp(prefix=folder.name + ".", suffix=".partial", dir=parent))
                 try:
                     convert_gguf(entry.gguf(), partial)

@@ -126,6 +126,24 @@ def test_the_line_that_tells_the_size(tiny: Any, capsys: pytest.CaptureFixture[s
     assert re.fullmatch(line, told)
 
 
+def test_a_size_is_told_once(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not again when another size came between, nor when free memory moved a little; again for another
+    mode."""
+    free = [10 * GB]
+    monkeypatch.setattr(batching, "free_bytes", lambda devices: free[0])
+    batcher = Batcher(LLAMA_8B, [torch.device("cuda:0")])
+    for tokens in (1000, 100, 1000, 100):
+        batcher.announce("extraction", tokens)
+    free[0] = int(9.7 * GB)
+    batcher.announce("extraction", 1000)
+    assert capsys.readouterr().err.count("Auto batch size") == 2
+    batcher.announce("generation", 1000)
+    free[0] = 5 * GB
+    batcher.announce("extraction", 1000)
+    told = re.findall(r"mode=(\w+), free=(\S+) GB", capsys.readouterr().err)
+    assert told == [("generation", "9.7"), ("extraction", "5.0")]
+
+
 @pytest.mark.parametrize(
     ("error", "memory"),
     [

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import tracemalloc
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 
 from resources.models.rows import CaptureRow, GenerationOptions, GenerationRow
 from storage.errors import UserError
+from storage.tensors import pack, unpack
 
 POSITIONS = (
     "prompt[0]", "prompt[-1]", "prompt[:]", "response[0]", "response[-1]", "response[:]", "response[:3]",
@@ -126,6 +129,53 @@ def test_states_while_generating_are_states_of_the_text(tiny: Any, architecture:
     forced = next(model.capture([CaptureRow("a", prompt, row.ids)], positions, layers=[2])).pooled
     for step, position in zip(steps, positions, strict=True):
         np.testing.assert_allclose(step, forced[position, "residual"][0], rtol=1e-4, atol=1e-4)
+    sliced = next(model.capture([CaptureRow("a", prompt, row.ids)], ["response[0:3]"], layers=[2])).pooled
+    mean = np.mean(steps[1:4], axis=0)
+    np.testing.assert_allclose(sliced["response[0:3]", "residual"][0], mean, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "gpt2"])
+def test_left_right_and_no_padding_agree(tiny: Any, architecture: str) -> None:
+    """Both ends of both frames on mixed lengths, against batches padded by hand on either side."""
+    model = tiny.language_model(architecture)
+    given = [CaptureRow(str(length), ids(length, length), ids(3, 60 + length)) for length in (4, 13, 20)]
+    positions = {"prompt[0]": 0, "prompt[-1]": -4, "response[0]": -3, "response[-1]": -1}
+    whole = {row.key: row.pooled for row in model.capture(given, list(positions), layers=[2])}
+    for left in (True, False):
+        tokens = torch.zeros((3, 23), dtype=torch.long)
+        mask = torch.zeros_like(tokens)
+        for index, row in enumerate(given):
+            text = torch.tensor([*row.prompt_ids, *row.response_ids])
+            start = 23 - len(text) if left else 0
+            tokens[index, start : start + len(text)] = text
+            mask[index, start : start + len(text)] = 1
+        states: list[torch.Tensor] = []
+        handle = model.anatomy.layers[2].register_forward_hook(
+            lambda module, args, output, states=states: states.append(
+                output if isinstance(output, torch.Tensor) else output[0]
+            )
+        )
+        with torch.no_grad():
+            steps = (mask.cumsum(1) - 1).clamp_min(0)
+            model.anatomy.decoder(input_ids=tokens, attention_mask=mask, position_ids=steps, use_cache=False)
+        handle.remove()
+        for index, row in enumerate(given):
+            real = states[0][index][mask[index].bool()].numpy()
+            alone = next(model.capture([row], list(positions), layers=[2])).pooled
+            for position, at in positions.items():
+                for value in (whole[row.key], alone):
+                    np.testing.assert_allclose(value[position, "residual"][0], real[at], rtol=1e-5, atol=1e-5)
+
+
+def test_a_component_that_did_not_run_is_named(tiny: Any) -> None:
+    """A class that skips a sub-layer gives an error with its name, not an empty vector."""
+    model = tiny.language_model("llama")
+    mlp = model.anatomy.layers[1].mlp
+    model.anatomy.layers[1].mlp.__class__ = type(
+        "Skipped", (type(mlp),), {"__call__": lambda self, *args, **kwargs: self.forward(*args, **kwargs)}
+    )
+    with pytest.raises(UserError, match="LlamaForCausalLM gave no mlp_out of layer 1"):
+        list(model.capture(rows(2), ["all[:]"], ("mlp_out",)))
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma2", "granite", "gpt2"])
@@ -245,6 +295,35 @@ def test_lower_precision_comes_out_as_float32(tiny: Any) -> None:
         value, reference = low.pooled["all[:]", "residual"], high.pooled["all[:]", "residual"]
         assert value.dtype == np.float32
         assert np.linalg.norm(value - reference) / np.linalg.norm(reference) < 0.05
+        packed = pack({"all": value}, {"dtype": "bfloat16"})
+        np.testing.assert_array_equal(unpack(packed)[0]["all"], value)
+
+
+@pytest.mark.slow
+def test_a_million_tokens_stream_to_disk(tiny: Any, tmp_path: Path) -> None:
+    """Five thousand rows of 200 tokens: what the process holds grows by less than what goes to disk."""
+    model = tiny.language_model("llama")
+    given = [CaptureRow(str(index), ids(150, index), ids(50, index + 1)) for index in range(5000)]
+    process = psutil.Process()
+    tokens = [0]
+    levels: list[int] = []
+    with (tmp_path / "states").open("wb") as target:
+        for index, row in enumerate(
+            model.capture(
+                given,
+                ["response[:]", "prompt[-1]"],
+                model.components,
+                on_progress=lambda done, seen: tokens.append(seen),
+            )
+        ):
+            for value in row.pooled.values():
+                target.write(value.tobytes())
+            if index % 500 == 499:
+                levels.append(process.memory_info().rss)
+    assert tokens[-1] == 1_000_000
+    written = (tmp_path / "states").stat().st_size
+    assert written > 15_000_000
+    assert max(levels) - levels[0] < written / 2
 
 
 @pytest.mark.parametrize(

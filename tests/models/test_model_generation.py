@@ -117,7 +117,8 @@ def test_first_generated_token_is_steered(tiny: Any, plainly: Any) -> None:
     }
     scores = plainly.Logits()
     list(model.generate([steered], GenerationOptions(max_new_tokens=1), observe=scores))
-    assert int(scores.of("b", 1)[0].argmax()) == found["b"].ids[0]
+    assert int(scores.of("b", 1)[0].argmax()) == found["b"].ids[0] == target
+    assert found["a"].ids[0] != target
     before = plainly.Logits()
     list(model.generate([plain], GenerationOptions(max_new_tokens=1), observe=before))
     rise = scores.of("b", 1)[0][target] - before.of("a", 1)[0][target]
@@ -141,6 +142,45 @@ def test_the_vector_is_added_once(tiny: Any, plainly: Any) -> None:
         handle.remove()
     moved = outputs["steered"][-1][0] - outputs["plain"][-1][0]
     np.testing.assert_allclose(moved.numpy(), 2.5 * vector, atol=1e-5)
+
+
+def test_a_block_of_zeros_moves_by_the_vector_alone(tiny: Any, plainly: Any) -> None:
+    """Out − in of a block that adds nothing is the coefficient times the vector: from the last prompt token
+    on, at every cached step, and no more than once after an exception in the middle of another run."""
+    model = tiny.language_model("llama")
+    block = model.anatomy.layers[2]
+    with torch.no_grad():
+        block.self_attn.o_proj.weight.zero_()
+        block.mlp.down_proj.weight.zero_()
+    vector = plainly.unit(1, 32)
+    rows = [GenerationRow("a", prompt(6), (Intervention(2, vector, 2.5),)), GenerationRow("b", prompt(6))]
+    moved: list[np.ndarray] = []
+
+    def entering(module: Any, args: Any, kwargs: Any) -> None:
+        moved.append(-(args[0] if args else kwargs["hidden_states"]).numpy())
+
+    def leaving(module: Any, args: Any, kwargs: Any) -> None:
+        moved[-1] = moved[-1] + (args[0] if args else kwargs["hidden_states"]).numpy()
+
+    above = model.anatomy.layers[3]
+    original = above.forward
+    above.forward = lambda *args, **kwargs: (_ for _ in ()).throw(ArithmeticError("in the middle"))
+    with pytest.raises(ArithmeticError):
+        list(model.generate(rows, GREEDY, steer_from="all"))
+    above.forward = original
+    handles = [
+        block.register_forward_pre_hook(entering, with_kwargs=True),
+        above.register_forward_pre_hook(leaving, with_kwargs=True),
+    ]
+    list(model.generate(rows, GREEDY))
+    for handle in handles:
+        handle.remove()
+    prefix, *steps = moved
+    np.testing.assert_array_equal(prefix, 0)
+    assert len(steps) == STEPS
+    for step in steps:
+        np.testing.assert_allclose(step[0, 0], 2.5 * vector, atol=1e-5)
+        np.testing.assert_array_equal(step[1], 0)
 
 
 def hook_count(model: Any) -> int:

@@ -257,6 +257,18 @@ def test_a_broken_conversion_leaves_nothing(cache_folder: Path, monkeypatch: pyt
     assert [path.name for path in (cache_folder / "embedded").iterdir() if path.is_dir()] == []
 
 
+def test_what_a_killed_conversion_left_is_removed(
+    cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = embedded.embedded(embedded.DEFAULT_MODEL)
+    abandoned = cache_folder / "embedded" / f"{made.name}-{embedded.package_version(made)}-v1.abc.partial"
+    abandoned.mkdir(parents=True)
+    (abandoned / "model.safetensors").write_bytes(b"half")
+    monkeypatch.setattr(embedded, "convert_gguf", lambda gguf, target: (target / "weights").write_bytes(b"w"))
+    folder = embedded.converted_folder(embedded.DEFAULT_MODEL)
+    assert [path for path in (cache_folder / "embedded").iterdir() if path.is_dir()] == [folder]
+
+
 @pytest.mark.slow
 def test_a_gguf_file_is_what_its_conversion_is(smollm2: Any, tmp_path: Path, cache_folder: Path) -> None:
     """The packaged GGUF read directly, and the safetensors that the embedded model was converted to."""

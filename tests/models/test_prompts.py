@@ -98,6 +98,28 @@ def test_an_open_think_block_is_closed(encoder: Any) -> None:
     assert text(made, made.encode("Hi", chat=True).ids).endswith("<think>\n\n</think>\n\n")
 
 
+@pytest.mark.parametrize("version", ["4", "5"])
+def test_what_a_template_returns_in_either_version(
+    encoder: Any, monkeypatch: pytest.MonkeyPatch, version: str
+) -> None:
+    """Tokenised, transformers 4 gives a list where 5 gives a BatchEncoding: the prompt's ids are a tuple of
+    integers in both."""
+    made = encoder(WITH_BOS)
+    wanted = made.encode("Hi", chat=True).ids
+    original = made.tokenizer.apply_chat_template
+
+    def stub(messages: Any, *, tokenize: bool = True, **more: Any) -> Any:
+        rendered = original(messages, tokenize=False, **more)
+        if not tokenize:
+            return rendered
+        encoding = made.tokenizer(rendered, add_special_tokens=False)
+        return encoding if version == "5" else encoding["input_ids"]
+
+    monkeypatch.setattr(made.tokenizer, "apply_chat_template", stub)
+    assert made.encode("Hi", chat=True).ids == wanted
+    assert all(isinstance(token, int) for token in wanted)
+
+
 def test_base_prompts_are_plain_text(encoder: Any) -> None:
     made = encoder(WITH_BOS, adds_bos=True)
     assert text(made, made.encode("Once upon", chat=False).ids) == "<bos>Once upon"

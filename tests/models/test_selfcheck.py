@@ -49,6 +49,24 @@ def test_decoding_that_differs_is_found(tiny: Any) -> None:
     assert caught.value.check == "cached decoding"
 
 
+def test_a_device_that_computes_wrongly_is_found(tiny: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention that is right in float32 and wrong in the model's dtype, as devices have had it."""
+    from resources.models.language_model import LanguageModel
+
+    network = tiny.network("llama").to(torch.bfloat16)
+    model = LanguageModel(network, tiny.byte_tokenizer(), tiny.identity("llama"))
+    original = torch.nn.functional.scaled_dot_product_attention
+
+    def wrong(query: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        out = original(query, *args, **kwargs)
+        return out if query.dtype == torch.float32 else out * 1.2
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", wrong)
+    with pytest.raises(SelfCheckError, match="'device' failed: cpu differs from the CPU") as caught:
+        run_checks(model)
+    assert caught.value.check == "device"
+
+
 def test_steering_that_does_nothing_is_found(tiny: Any) -> None:
     """Hooks whose result is ignored, as a compiled or fused model ignores them."""
 

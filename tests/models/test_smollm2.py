@@ -96,6 +96,26 @@ def test_steering_moves_the_first_token(smollm2: Any, plainly: Any) -> None:
     assert float(steered - plain) > 5
 
 
+def test_a_preview_of_real_rows(smollm2: Any) -> None:
+    """Which tokens a position takes, shown on what the model said, and on a boundary that would merge."""
+    prompt = smollm2.encode("What is the capital of France?", chat=True).ids
+    row = next(smollm2.generate([GenerationRow("a", prompt)], GenerationOptions(max_new_tokens=12)))
+    given = CaptureRow("a", prompt, row.ids)
+    assert "".join(smollm2.preview(given, "response[:]")) == row.text
+    assert len(smollm2.preview(given, "response[:3]")) == 3
+    assert "".join(smollm2.preview(given, "response[:3]")) == smollm2.decode(row.ids[:3])
+    assert smollm2.preview(given, "prompt[-4:]") == ["<|im_start|>", "ass", "istant", "\n"]
+    assert smollm2.preview(given, "all[0]") == ["<|im_start|>"]
+    assert smollm2.preview(CaptureRow("b", prompt), "response[:]") == []
+    counted = CaptureRow(
+        "c",
+        smollm2.encode("count: 1", chat=False).ids,
+        tuple(smollm2.tokenizer("2 apples", add_special_tokens=False)["input_ids"]),
+    )
+    assert smollm2.preview(counted, "prompt[-1]") == ["1"]
+    assert smollm2.preview(counted, "response[:]") == ["2", " apples"]
+
+
 def test_logprob_prefers_the_answer(smollm2: Any) -> None:
     prompt = smollm2.encode("The capital of France is", chat=False).ids
     answers = [smollm2.tokenizer(text, add_special_tokens=False)["input_ids"] for text in (" Paris", " Oslo")]
@@ -133,9 +153,21 @@ def test_gemma_is_a_base_model_with_one_bos(gemma: Any) -> None:
     ids = gemma.encode("The capital of France is", chat=False).ids
     assert ids[0] == gemma.tokenizer.bos_token_id
     assert ids.count(gemma.tokenizer.bos_token_id) == 1
-    row = next(gemma.generate([GenerationRow("a", ids)], GenerationOptions(max_new_tokens=4)))
-    assert "Paris" in row.text
-    assert row.text.startswith(" ")
+    # a base model this small likes to repeat "the capital of"; this one it continues as most texts do
+    ids = gemma.encode("The Eiffel Tower stands in the city of", chat=False).ids
+    row = next(gemma.generate([GenerationRow("a", ids)], GenerationOptions(max_new_tokens=2)))
+    assert row.text.startswith(" Paris")
+
+
+@pytest.mark.slow
+def test_gemma_reads_english(gemma: Any) -> None:
+    """Norms stored with their one added, or a missing BOS, would cost several nats per token."""
+    text = "Photosynthesis is the process by which green plants use sunlight to make food."
+    ids = gemma.encode(text, chat=False).ids
+    without = CaptureRow("no bos", ids[1:2], ids[2:])
+    scores = dict(gemma.logprobs([CaptureRow("text", ids[:2], ids[2:]), without]))
+    assert scores["text"] > -2.5
+    assert scores["text"] > scores["no bos"]
 
 
 @pytest.mark.slow
