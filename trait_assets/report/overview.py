@@ -355,9 +355,12 @@ def _staleness(workspace: Workspace, manifest: Manifest) -> tuple[str, str | Non
     for name, fingerprint in manifest.inputs.items():
         if name == "files" or not _is_fingerprint(fingerprint):
             continue
-        upstream = workspace.manifests.read(
-            None if name == "scenarios" else manifest.experiment, name, manifest.trait
-        )
+        try:
+            upstream = workspace.manifests.read(
+                None if name == "scenarios" else manifest.experiment, name, manifest.trait
+            )
+        except ArtifactError:
+            return "stale", f"the manifest of {name} is damaged"
         if upstream is None:
             return "stale", f"{name} is gone"
         if upstream.fingerprint != fingerprint:

@@ -153,7 +153,8 @@ def dose_response(
     """Change of the trait score and coherence over the relative dose.
 
     Thin lines: every candidate on the search half; thick: the chosen one, with its 95 % interval; diamond: the chosen dose on
-    the report half; grey crosses: norm-matched random directions there. Below: coherence with its threshold.
+    the report half; grey crosses: norm-matched random directions there; hollow and faded: a dose that the report half found
+    incoherent, so that a smaller one is reported. Below: coherence with its threshold.
     """
     drawn = figure(6.4, 5.0)
     upper, lower = drawn.subplots(2, 1, sharex=True, height_ratios=[3, 2])
@@ -184,25 +185,35 @@ def dose_response(
         if mine and all(p["low"] is not None for p in line):
             low, high = [0.0] + [p["low"] for p in line], [0.0] + [p["high"] for p in line]
             upper.fill_between(doses, low, high, color=POSITIVE, alpha=0.12, linewidth=0)
+    # a dose that fresh questions found incoherent was measured before the one that is reported
+    dose = chosen.get("best_dose")
+    labels = {
+        ("random", True): "random directions (report half)",
+        ("vector", True): "chosen dose (report half)",
+        ("vector", False): "first choice, incoherent on the report half",
+    }
     for point in points:
-        if point["half"] != "report" or point["change"] is None:
+        if point["half"] != "report" or point["change"] is None or point["kind"] not in ("random", "vector"):
             continue
+        final = dose is None or abs(point["dose"] - abs(dose)) < 1e-9
+        label = labels.pop((point["kind"], final), None)
+        fade = 1.0 if final else 0.35
         if point["kind"] == "random":
-            first = point["name"].startswith("random_0")
-            label = "random directions (report half)" if first else None
             upper.plot(
-                point["dose"], point["change"], "x", color=NEUTRAL, markersize=6, label=label, zorder=4
-            )
-        elif point["kind"] == "vector":
-            bars = None
-            if point["low"] is not None:
-                bars = [[point["change"] - point["low"]], [point["high"] - point["change"]]]
-            upper.errorbar(
-                point["dose"], point["change"], yerr=bars, fmt="D", color=NEGATIVE, capsize=3, zorder=5,
-                label="chosen dose (report half)",
+                point["dose"], point["change"], "x", color=NEUTRAL, markersize=6, alpha=fade, label=label,
+                zorder=4,
             )  # fmt: skip
-            if point["coherence"] is not None:
-                lower.plot(point["dose"], point["coherence"], "D", color=NEGATIVE, zorder=5)
+            continue
+        bars = None
+        if point["low"] is not None:
+            bars = [[point["change"] - point["low"]], [point["high"] - point["change"]]]
+        filled = {} if final else {"markerfacecolor": "white"}
+        upper.errorbar(
+            point["dose"], point["change"], yerr=bars, fmt="D", color=NEGATIVE, alpha=fade, capsize=3,
+            zorder=5, label=label, **filled,
+        )  # fmt: skip
+        if point["coherence"] is not None:
+            lower.plot(point["dose"], point["coherence"], "D", color=NEGATIVE, alpha=fade, zorder=5, **filled)
     if chosen.get("prompting_change") is not None:
         upper.axhline(
             chosen["prompting_change"], color=NEGATIVE, linestyle=":", linewidth=1, label="system prompt"

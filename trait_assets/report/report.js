@@ -26,7 +26,7 @@
 
   const axis = (t, more = {}) => ({
     gridcolor: t.grid, linecolor: t.line, zerolinecolor: t.line, tickcolor: t.line, ticks: "outside", ticklen: 3,
-    automargin: true, fixedrange: true, ...more, title: { standoff: 6, ...(more.title || {}) },
+    automargin: true, fixedrange: true, ...more, title: { standoff: 6, font: { size: printing ? 9 : 11.5, color: t.muted }, ...(more.title || {}) },
   });
   const layout = (t, more = {}) => ({
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
@@ -149,11 +149,11 @@
         const common = { type: "bar", x: kept.map((_, i) => 10 * i + 5), width: 4.2, offset };
         traces.push(
           {
-            ...common, y: kept, name: `${side}, kept`, marker: { color: colour },
+            ...common, y: kept.map((n) => n || null), name: side, marker: { color: colour },
             hovertemplate: `${side}, kept: %{y}<extra></extra>`,
           },
           {
-            ...common, y: out, base: kept, name: `${side}, left out`, customdata: out,
+            ...common, y: out.map((n) => n || null), base: kept, showlegend: false, customdata: out,
             marker: { color: faint(colour, 0.18), line: { color: colour, width: 1 } },
             hovertemplate: `${side}, left out: %{customdata}<extra></extra>`,
           },
@@ -189,22 +189,22 @@
       for (const curve of d.curves.filter((c) => !c.chosen)) {
         const points = measured(curve.search);
         if (!points.length) continue;
-        pair(points, { mode: "lines", name: "other candidates", legendgroup: "other", showlegend: !named, line: { color: faint(t.ctl, 0.45), width: 1 }, hovertemplate: hover(curve.label) }, {});
+        pair(points, { mode: "lines", name: "others", legendgroup: "other", showlegend: !named, line: { color: faint(t.ctl, 0.45), width: 1 }, hovertemplate: hover(curve.label) }, {});
         named = true;
       }
       d.controls.forEach((p, i) => {
         if (p.change === null) return;
         const moved = { ...p, dose: p.dose * (1 + ((i % 5) - 2) * 0.012) };
-        pair([moved], { mode: "markers", name: "random directions", legendgroup: "random", showlegend: i === 0, marker: { color: t.ctl, size: 6, symbol: "circle-open" }, error_y: bars([moved], faint(t.ctl, 0.6), 1), hovertemplate: hover(p.name) }, {});
+        pair([moved], { mode: "markers", name: "random", legendgroup: "random", showlegend: i === 0, marker: { color: t.ctl, size: 6, symbol: "circle-open" }, error_y: bars([moved], faint(t.ctl, 0.6), 1), hovertemplate: hover(p.name) }, {});
       });
       for (const curve of d.curves.filter((c) => c.chosen)) {
         const points = measured(curve.search), origin = { dose: 0, change: 0, low: 0, high: 0, coherence: d.baseline.search ? d.baseline.search.coherence_mean : null };
         const whole = [origin, ...points], banded = whole.filter((p) => p.low !== null && p.high !== null);
         const edge = (y, more) => ({ type: "scatter", mode: "lines", x: banded.map((p) => p.dose), y, line: { width: 0 }, hoverinfo: "skip", showlegend: false, ...more });
         traces.push(edge(banded.map((p) => p.high), {}), edge(banded.map((p) => p.low), { fill: "tonexty", fillcolor: faint(t.pos, 0.16) }));
-        pair(whole, { mode: "lines+markers", name: `${curve.label}, search`, line: { color: t.pos, width: 2 }, marker: { size: 5 }, hovertemplate: hover(`${curve.label}, search questions`) }, {});
+        pair(whole, { mode: "lines+markers", name: "chosen, search questions", line: { color: t.pos, width: 2 }, marker: { size: 5 }, hovertemplate: hover(`${curve.label}, search questions`) }, {});
         const report = measured(curve.report);
-        if (report.length) pair(report, { mode: "markers", name: `${curve.label}, report`, marker: { color: t.pos, size: 11, symbol: "diamond", line: { color: t.surface, width: 1 } }, error_y: bars(report, t.pos, 1.8), hovertemplate: hover(`${curve.label}, report questions`) }, {});
+        if (report.length) pair(report, { mode: "markers", name: "chosen, report", marker: { color: t.pos, size: 11, symbol: "diamond", line: { color: t.surface, width: 1 } }, error_y: bars(report, t.pos, 1.8), hovertemplate: hover(`${curve.label}, report questions`) }, {});
       }
       const shapes = [{ type: "line", xref: "x domain", x0: 0, x1: 1, yref: "y2", y0: d.threshold, y1: d.threshold, line: { color: t.ink, width: 1, dash: "dot" } }];
       const annotations = [{ xref: "x domain", x: 1, xanchor: "right", yref: "y2", y: d.threshold, yanchor: "top", showarrow: false, text: `needed: ${d.threshold}`, font: { size: printing ? 8 : 10, color: t.muted } }];
@@ -213,7 +213,7 @@
         annotations.push({ xref: "x domain", x: 0.01, xanchor: "left", y: d.prompting.change, yanchor: "bottom", showarrow: false, text: `a system prompt ${signed(d.prompting.change)}`, font: { size: printing ? 8 : 10.5, color: t.prompt } });
       }
       show(element, traces, layout(t, {
-        shapes, annotations, showlegend: true, margin: { l: 46, r: 10, t: 48, b: 36 },
+        shapes, annotations, showlegend: true, margin: { l: 46, r: 10, t: 30, b: 36 },
         legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: printing ? 8 : 10.5 } },
         xaxis: axis(t, { rangemode: "tozero", title: { text: "dose (‖added‖ ÷ median ‖h‖)" }, anchor: "y2" }),
         yaxis: axis(t, { domain: [0.38, 1], title: { text: "change of trait score" }, zerolinecolor: t.muted }),
@@ -237,7 +237,7 @@
       colorbar: { thickness: 9, outlinewidth: 0, tickfont: { size: 10 } },
       hovertemplate: `%{y} and %{x}: ${what} %{z:.2f}<extra></extra>`,
     }], layout(t, {
-      xaxis: axis(t, { type: "category", showgrid: false, ticks: "", tickangle: few && matrix.traits.length <= 4 ? 0 : -45 }),
+      xaxis: axis(t, { type: "category", showgrid: false, ticks: "", tickangle: matrix.traits.length <= 3 && !printing ? 0 : -30 }),
       yaxis: axis(t, { type: "category", autorange: "reversed", showgrid: false, ticks: "" }),
     }));
   }
@@ -257,14 +257,19 @@
   all.forEach((element) => near.observe(element));
   const redraw = () => drawn.forEach(draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  // on paper nothing can be unfolded
+  let unfolded = [];
   window.addEventListener("beforeprint", () => {
     printing = true;
     root.dataset.print = "1";
+    unfolded = [...document.querySelectorAll("details.block:not([open])")];
+    unfolded.forEach((fold) => (fold.open = true));
     all.forEach(draw);
   });
   window.addEventListener("afterprint", () => {
     printing = false;
     delete root.dataset.print;
+    unfolded.forEach((fold) => (fold.open = false));
     redraw();
   });
 

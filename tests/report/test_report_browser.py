@@ -1,0 +1,172 @@
+"""The report in a real browser: it draws, answers, follows the colour scheme, and asks nothing of the network."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+CHROMIUM = "/usr/bin/chromium"
+ARGUMENTS = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+]
+pytestmark = [
+    pytest.mark.browser,
+    pytest.mark.skipif(not os.path.exists(CHROMIUM), reason=f"there is no browser at {CHROMIUM}"),
+]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        launched = running.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
+        yield launched
+        launched.close()
+
+
+class Visit:
+    """A page with everything it said and asked for."""
+
+    def __init__(self, browser: Any, path: Path, **options: Any) -> None:
+        self.context = browser.new_context(**{"viewport": {"width": 1280, "height": 800}, **options})
+        self.page = self.context.new_page()
+        self.complaints: list[str] = []
+        self.requests: list[str] = []
+        self.page.on("console", lambda message: self.complaints.append(message.text))
+        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("request", lambda request: self.requests.append(request.url))
+        self.page.goto(path.as_uri())
+        self.page.wait_for_selector(".chart .main-svg", timeout=60_000)
+
+    def draw_all(self) -> None:
+        for chart in self.page.query_selector_all(".chart"):
+            chart.scroll_into_view_if_needed()
+            self.page.wait_for_function("chart => chart.querySelector('.main-svg')", arg=chart)
+
+
+@pytest.fixture
+def visit(browser: Any, finished: Any) -> Iterator[Visit]:
+    made = Visit(browser, finished.path)
+    yield made
+    made.context.close()
+
+
+def test_all_charts_draw_without_complaint_and_without_the_network(visit, finished):
+    visit.draw_all()
+    assert len(visit.page.query_selector_all(".chart .main-svg")) >= 10
+    assert visit.complaints == []
+    assert visit.requests == [finished.path.as_uri()]
+    assert visit.page.evaluate("window.pwned") is None
+    assert visit.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+
+
+def test_the_heat_map_has_its_cells_and_answers(visit):
+    visit.draw_all()
+    heat = visit.page.locator("#toy--alpha-heat")
+    assert heat.evaluate("el => [el.data[0].z.length, el.data[0].z[0].length]") == [3, 4]
+    assert heat.evaluate("el => el.layout.shapes.length") == 1
+    before = heat.evaluate("el => el.data[0].z")
+    visit.page.locator("select.metric[data-for='toy--alpha-heat']").select_option("effect_size_d")
+    assert heat.evaluate("el => el.data[0].z") != before
+    assert "effect size" in heat.evaluate("el => el.data[0].hovertemplate")
+    # a click in the middle of the first cell
+    heat.scroll_into_view_if_needed()
+    box = heat.locator(".nsewdrag").first.bounding_box()
+    visit.page.mouse.move(box["x"] + box["width"] / 8, box["y"] + box["height"] / 6)
+    visit.page.wait_for_selector(".hoverlayer .hovertext")
+    visit.page.mouse.click(box["x"] + box["width"] / 8, box["y"] + box["height"] / 6)
+    answer = visit.page.locator("#toy--alpha-heat-answer")
+    assert answer.inner_text().startswith("mean_diff, layer 0: held-out accuracy")
+
+
+def test_the_slider_changes_the_text_by_keyboard(visit):
+    box = visit.page.locator(".samples[data-trait='toy--alpha']")
+    slider, steered = box.locator("input.dose"), box.locator(".steered.text")
+    # it begins at the chosen vector and dose
+    assert steered.inner_text().startswith("vector mean_diff at 0.2, question 0: </script>")
+    assert box.locator(".plain.text").inner_text().startswith("baseline None at None, question 0")
+    slider.focus()
+    visit.page.keyboard.press("ArrowRight")
+    assert steered.inner_text().startswith("vector mean_diff at 0.4, question 0")
+    assert slider.get_attribute("aria-valuetext") == "0.40"
+    visit.page.keyboard.press("Home")
+    assert steered.inner_text() == box.locator(".plain.text").inner_text()
+    assert slider.get_attribute("aria-valuetext") == "0, unsteered"
+    visit.page.keyboard.press("End")
+    box.locator("select.arm").select_option(label="probe, layer 1")
+    assert steered.inner_text().startswith("vector probe at 0.4, question 0")
+    assert "trait 28" in box.locator(".steered-scores").inner_text()
+    box.locator("select.question").select_option(index=2)
+    assert "judge abstained: refusal" in box.locator(".steered-scores").inner_text()
+    assert steered.inner_text().startswith("vector probe at 0.4, question 2")
+    box.locator("select.question").select_option(index=3)
+    box.locator("select.arm").select_option(label="system prompt, no vector")
+    assert slider.is_disabled()
+    assert steered.inner_text().startswith("prompting None at None, question 0")
+    assert visit.page.evaluate("window.pwned") is None
+    assert visit.complaints == []
+
+
+def test_dark_mode_is_dark_and_charts_follow_a_switch(browser, finished):
+    made = Visit(browser, finished.path, color_scheme="dark")
+    made.draw_all()
+    dark = brightness(made.page)
+    ink = made.page.locator("#toy--alpha-heat").evaluate("el => el.layout.font.color")
+    made.page.emulate_media(color_scheme="light")
+    made.page.wait_for_function(
+        "ink => document.getElementById('toy--alpha-heat').layout.font.color !== ink", arg=ink
+    )
+    assert dark < 60
+    assert brightness(made.page) > 200
+    assert made.complaints == []
+    made.context.close()
+
+
+def brightness(page: Any) -> float:
+    return page.evaluate(
+        "getComputedStyle(document.body).backgroundColor.match(/\\d+/g).slice(0, 3).reduce((a, b) => a + +b / 3, 0)"
+    )
+
+
+def test_a_source_link_opens_the_lineage_it_points_to(visit):
+    target = visit.page.locator("#toy--alpha--vector_evaluation")
+    assert not target.is_visible()
+    visit.page.locator("a.source[href='#toy--alpha--vector_evaluation']").first.click()
+    target.wait_for(state="visible")
+    assert "fingerprint" in target.inner_text()
+
+
+def test_print_draws_everything_on_light_and_fits_the_paper(browser, finished):
+    # the width of A4 less its margins, at 96 pixels an inch
+    made = Visit(browser, finished.path, color_scheme="dark", viewport={"width": 703, "height": 1000})
+    made.page.emulate_media(media="print", color_scheme="dark")
+    made.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert made.page.evaluate(
+        "[...document.querySelectorAll('.chart')].every(el => el.querySelector('.main-svg'))"
+    )
+    assert made.page.locator("#toy--alpha--vectors").is_visible()
+    assert brightness(made.page) > 240
+    assert made.page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    made.page.evaluate("window.dispatchEvent(new Event('afterprint'))")
+    assert not made.page.locator("#toy--alpha--vectors").is_visible()
+    assert made.complaints == []
+    made.context.close()
+
+
+def test_without_scripts_the_numbers_are_there(browser, finished):
+    context = browser.new_context(java_script_enabled=False)
+    page = context.new_page()
+    page.goto(finished.path.as_uri())
+    assert page.locator("table.overview tbody tr").count() == 3
+    assert page.locator("#toy--alpha .numbers table").count() >= 4
+    context.close()
