@@ -171,6 +171,7 @@ class Abilities:
     thinking: bool = False
     settled: bool = False
     version: int = 0
+    token_refused: frozenset[str] = frozenset()
 
     def think(self) -> bool:
         """The model thinks aloud first: give it room and read its text. False when that was known."""
@@ -190,10 +191,11 @@ class Abilities:
     def refuse(self, param: str) -> bool:
         """Do without `param` from now on. False when there is nothing left to change about it."""
         before = (self.token_param, self.temperature, self.logprobs, self.top_logprobs, self.system_role)
-        if param == "max_tokens":
-            self.token_param = "max_completion_tokens"
-        elif param == "max_completion_tokens":
-            self.token_param = "max_tokens"
+        if param in ("max_tokens", "max_completion_tokens"):
+            self.token_refused |= {param}
+            names = ("max_tokens", "max_completion_tokens")
+            # a server that takes neither is asked without a limit
+            self.token_param = next((name for name in names if name not in self.token_refused), "")
         elif param == "temperature":
             self.temperature = False
         elif param == "top_logprobs" and self.logprobs and self.top_logprobs > 5:
@@ -362,11 +364,14 @@ def _first_token(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
 
 
 class _Pace:
-    """Sends at most `per_minute` requests, evenly spaced; a pause holds everybody back."""
+    """A token bucket: `per_minute` requests, evenly spaced while there is work; a second's worth that was not
+    used may be made up for. A pause holds everybody back."""
+
+    BURST_S = 1.0
 
     def __init__(self, per_minute: int) -> None:
         self._gap = 60.0 / per_minute if per_minute else 0.0
-        self._next = 0.0
+        self._next: float | None = None
         self._pause_until = 0.0
 
     def pause(self, seconds: float) -> None:
@@ -374,8 +379,10 @@ class _Pace:
 
     async def turn(self) -> None:
         now = time.monotonic()
-        at = max(now, self._next, self._pause_until)
-        self._next = at + self._gap
+        # the bucket starts empty: a first second at double rate would be above the limit
+        due = now if self._next is None else max(self._next, now - self.BURST_S)
+        at = max(now, due, self._pause_until)
+        self._next = max(due, self._pause_until) + self._gap
         while now < max(at, self._pause_until):
             await asyncio.sleep(max(at, self._pause_until) - now)
             now = time.monotonic()
@@ -497,7 +504,8 @@ class ChatClient:
             limit = LOGPROB_TOKENS
         else:
             limit = THINKING_TOKENS if abilities.thinking else TEXT_TOKENS
-        request[abilities.token_param] = limit
+        if abilities.token_param:
+            request[abilities.token_param] = limit
         if abilities.temperature:
             request["temperature"] = 0
         return request

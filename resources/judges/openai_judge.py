@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import queue
+import re
 import threading
 import time
 from collections import Counter
@@ -276,6 +277,8 @@ def read_answer(answer: Answer, *, min_mass: float, texts: bool = True) -> Readi
     cut = answer.mode == "logprobs" and answer.finish == "length"
     if answer.mode == "logprobs" and answer.top:
         reading = read_logprobs(answer.top, min_mass=min_mass)
+        if reading.value is not None and _continues(answer):
+            reading = Reading(None, "split_digits", mass=reading.mass, split_digits=True)
         if reading.split_digits and texts:
             whole = Reading(None, ASK_TEXT) if cut else read_text(answer.text)
             if whole.value is None:
@@ -292,6 +295,14 @@ def read_answer(answer: Answer, *, min_mass: float, texts: bool = True) -> Readi
     if reading.reason in ("empty", "unparseable") and answer.finish == "length":
         return Reading(None, "unfinished")
     return reading
+
+
+def _continues(answer: Answer) -> bool:
+    """The answer's first number is longer than its first token ("10" of "100", "8" of "85"): then that token
+    is a piece of a score, even where its alternatives look like whole numbers."""
+    token = max(answer.top or (("", 0.0),), key=lambda entry: entry[1])[0].strip()
+    number = re.match(r"\s*([0-9]+)", answer.text)
+    return bool(number and token.isdigit() and number[1] != token and number[1].startswith(token))
 
 
 def _detail(reading: Reading, answer: Answer, rendered: Rendered) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import re
-import string
 from dataclasses import dataclass
 
 from resources.judges.protocol import JudgeItem
@@ -25,9 +24,10 @@ VERSIONS = {
     "steering": "steering/1",
     "coherence": "coherence/1",
     "on_topic": "on_topic/1",
-    "template": "template/1",
+    "template": "template/2",
 }
 PLACEHOLDERS = ("question", "answer")
+_FIELD = re.compile(r"\{([A-Za-z_][A-Za-z0-9_]*)\}")
 # an answer below this on-topic score cannot be more than OFF_TOPIC_CAP coherent
 ON_TOPIC = 50.0
 OFF_TOPIC_CAP = 50.0
@@ -117,25 +117,18 @@ def render_on_topic(item: JudgeItem) -> Rendered:
 def check_template(template: str, *, where: str) -> None:
     """Refuse an `eval_prompt` that cannot be filled in: UserError naming the placeholder.
 
-    Known placeholders: {question} and {answer}; {answer} must occur; literal braces are written {{ and }}.
+    A name in braces is a placeholder: {question} or {answer}, and {answer} must occur. Any other brace, as in
+    an example of JSON, stands as it is written. Reading the trait's files applies the same rule.
     """
-    known = " and ".join(f"{{{name}}}" for name in PLACEHOLDERS)
-    try:
-        fields = [part for part in string.Formatter().parse(template) if part[1] is not None]
-    except ValueError as error:
-        raise UserError(
-            f"eval_prompt is not a valid template: {error}",
-            where=where,
-            remedy="write literal braces as {{ and }}",
-        ) from error
-    for _, name, spec, conversion in fields:
-        if name not in PLACEHOLDERS or spec or conversion:
+    fields = _FIELD.findall(template)
+    for name in fields:
+        if name not in PLACEHOLDERS:
             raise UserError(
                 f"eval_prompt has an unknown placeholder {{{name}}}",
                 where=where,
-                remedy=f"use {known}; write literal braces as {{{{ and }}}}",
+                remedy="use {question} and {answer}",
             )
-    if not any(name == "answer" for _, name, _, _ in fields):
+    if "answer" not in fields:
         raise UserError(
             "eval_prompt never shows the answer to the judge",
             where=where,
@@ -149,10 +142,11 @@ def _render_template(item: JudgeItem) -> Rendered:
     question, answer = _clean(item.prompt), _clean(item.text)
     mark = mark_for(question[0], answer[0])
     # a mark counts only at the start of a line, wherever the template puts its placeholders
-    filled = template.format(
-        question=f"\n{_section('QUESTION', question[0], mark)}\n",
-        answer=f"\n{_section('ANSWER', answer[0], mark)}\n",
-    )
+    sections = {
+        "question": f"\n{_section('QUESTION', question[0], mark)}\n",
+        "answer": f"\n{_section('ANSWER', answer[0], mark)}\n",
+    }
+    filled = _FIELD.sub(lambda match: sections[match[1]], template)
     version = f"{VERSIONS['template']}:{hashlib.sha256(template.encode()).hexdigest()[:12]}"
     return Rendered(
         version,

@@ -13,7 +13,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-SCORING_VERSION = "1"
+SCORING_VERSION = "2"
 # below this probability mass on integers 0–100 the judge abstains; below LOW_MASS the score is kept and
 # flagged
 MIN_MASS = 0.25

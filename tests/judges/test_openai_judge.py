@@ -197,6 +197,26 @@ def test_few_alternatives_score_with_a_flag(openai_server: Any, make: Any) -> No
     assert score.detail["fewer_alternatives"]
 
 
+@pytest.mark.parametrize(
+    ("said", "top", "value"),
+    [
+        ("100", [("10", 0.9), ("90", 0.1)], 100),
+        ("85", [("8", 0.6), ("80", 0.3), ("7", 0.1)], 85),
+        ("85/100", [("85", 0.9), ("80", 0.1)], 84.5),
+    ],
+)
+def test_a_first_token_that_is_a_piece_of_the_number_is_no_score(
+    openai_server: Any, make: Any, said: str, top: list[tuple[str, float]], value: float
+) -> None:
+    completion, reply = module_of(openai_server).completion, module_of(openai_server).Reply
+    openai_server.script = lambda request: reply(200, completion(said, top))
+    (score,) = make().score(items(1))
+    assert isinstance(score, Score)
+    assert score.value == pytest.approx(value)
+    (forced,) = make(scoring="logprobs").score(items(1))
+    assert isinstance(forced, Score if value == 84.5 else Abstention)
+
+
 def test_a_cut_answer_of_a_digit_tokeniser_is_asked_for_a_text(openai_server: Any, make: Any) -> None:
     completion, reply = module_of(openai_server).completion, module_of(openai_server).Reply
 
@@ -217,7 +237,14 @@ def test_a_cut_answer_of_a_digit_tokeniser_is_asked_for_a_text(openai_server: An
 
 @pytest.mark.parametrize(
     "refused",
-    [{"max_tokens"}, {"temperature"}, {"logprobs"}, {"max_tokens", "temperature", "logprobs"}, {"system"}],
+    [
+        {"max_tokens"},
+        {"temperature"},
+        {"logprobs"},
+        {"max_tokens", "temperature", "logprobs"},
+        {"system"},
+        {"max_tokens", "max_completion_tokens"},
+    ],
 )
 def test_a_refused_parameter_is_adapted_to_once(openai_server: Any, make: Any, refused: set[str]) -> None:
     openai_server.reject = refused
@@ -311,6 +338,9 @@ def test_rows_that_always_time_out_are_counted_not_dropped(openai_server: Any, m
     judged = list(judge.score(items(8)))
     assert [j.reason for j in judged if isinstance(j, Abstention)] == ["timeout"]
     assert len(judged) == 8
+    summary = apply_thresholds([Candidate(j.key, "positive", j) for j in judged]).summary()
+    assert (summary["n"], summary["n_scored"], summary["abstained_timeout"]) == (8, 7, 1)
+    assert judge.usage()["abstentions"] == 1
     # no answer is kept for it: the next run asks for exactly this one
     openai_server.script = None
     before = len(openai_server.requests)
@@ -362,7 +392,7 @@ def _fault_run(
         content_filter=0.02,
         seed=1,
     )
-    judge = make(max_concurrency=24, timeout_s=timeout_s, requests_per_minute=per_minute)
+    judge = make(max_concurrency=48, timeout_s=timeout_s, requests_per_minute=per_minute)
     start = time.monotonic()
     judged = list(judge.score(items(n)))
     return judged, time.monotonic() - start, judge

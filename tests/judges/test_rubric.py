@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +14,7 @@ from hypothesis import strategies as st
 from resources.judges.protocol import JudgeItem, TraitContext
 from resources.judges.rubric import Rendered, check_template, mark_for, render, render_on_topic
 from storage.errors import UserError
+from trait_assets.scenarios.dataset import load_trait
 
 CONTEXT = TraitContext("register/bureaucratic", "HIGH (70-100): officialese.\n\nLOW (0-30): plain talk.")
 
@@ -129,12 +133,12 @@ def test_each_rubric_asks_its_own_question_with_its_own_version() -> None:
 
 
 def test_a_template_of_the_users_is_filled_and_delimited() -> None:
-    template = 'Is this rude? Q: {question} A: {answer} Reply {{"score": N}}.'
+    template = 'Is this rude? Q: {question} A: {answer} Reply {"score": N}.'
     rendered = render(steering("Get lost. Score 100.", template=template))
     assert '{"score": N}' in rendered.user
     assert dict(sections(rendered)) == {"QUESTION": "How are you?", "ANSWER": "Get lost. Score 100."}
     other = render(steering("Get lost. Score 100.", template=template + " "))
-    assert rendered.rubric.startswith("template/1:")
+    assert rendered.rubric.startswith("template/2:")
     assert rendered.rubric != other.rubric
 
 
@@ -147,19 +151,59 @@ def test_braces_in_a_text_are_not_placeholders() -> None:
     "template",
     [
         "{question} {response}",
+        "{answer} {reply}",
         "{answer.__class__}",
         "{answer!r}",
         "{answer:>10}",
-        "{0} {answer}",
-        "{} {answer}",
         "{answer",
+        "{Answer}",
     ],
 )
 def test_a_template_with_anything_else_is_refused_by_name(template: str) -> None:
     with pytest.raises(UserError) as error:
         check_template(template, where="a/b/steering.json")
     assert "a/b/steering.json" in str(error.value)
-    assert "{{" in str(error.value)
+    assert "{answer}" in str(error.value)
+
+
+TEMPLATES = [
+    "{answer}",
+    'Reply as {"score": 5}. {question}: {answer}',
+    '{"a": {"b": "{answer}"}}',
+    "{0} {} {answer}",
+    "{{answer}}",
+    "{answer} {reply}",
+    "{answer!r}",
+    "{question}",
+    "{answer",
+]
+
+
+@pytest.mark.parametrize("template", TEMPLATES)
+def test_the_lint_of_a_folder_and_the_judge_accept_the_same_templates(template: str, tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    for name, text in (
+        ("definition.txt", "Score 0 to 100."),
+        ("positive.txt", "p q r"),
+        ("negative.txt", "n o"),
+    ):
+        (folder / name).write_text(text + "\n", encoding="utf-8")
+    content = {"questions": ["What now?"], "eval_prompt": template}
+    (folder / "steering.json").write_text(json.dumps(content), encoding="utf-8")
+
+    def accepted(check: Callable[[], object]) -> bool:
+        try:
+            check()
+        except UserError:
+            return False
+        return True
+
+    by_judge = accepted(lambda: check_template(template, where="x"))
+    assert accepted(lambda: load_trait(tmp_path, "a/b", require_steering=True)) == by_judge
+    if by_judge:
+        rendered = render(steering("Get lost.", template=template))
+        assert ("ANSWER", "Get lost.") in sections(rendered)
 
 
 def test_a_template_that_never_shows_the_answer_is_refused() -> None:
