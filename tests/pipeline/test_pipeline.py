@@ -127,6 +127,30 @@ def test_a_damaged_file_is_rebuilt(ctx, tmp_path):
     assert ctx.workspace.store.read_json("e/t/a/double.json") == {"double": 2}
 
 
+@pytest.mark.parametrize("damage", ["truncated", "missing", "newer manifest", "broken manifest"])
+def test_whatever_is_damaged_is_named_and_rebuilt(ctx, damage):
+    stage = Doubling({"t/a": 1})
+    run(stage, ctx, ["t/a"])
+    store = ctx.workspace.store
+    manifest = next(key for key in ctx.workspace.manifests.keys() if key.endswith("t/a.json"))  # noqa: SIM118
+    key = manifest if "manifest" in damage else "e/t/a/double.json"
+    path = store.local_path(key)
+    if damage == "truncated":
+        path.write_bytes(path.read_bytes()[:-3])
+    elif damage == "missing":
+        path.unlink()
+    elif damage == "newer manifest":
+        path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    else:
+        path.write_bytes(path.read_bytes()[:40])
+    with pytest.raises(ArtifactError) as caught:
+        ctx.upstream("vectors", "t/a")
+    assert store.describe(key) in str(caught.value)
+    assert run(stage, ctx, ["t/a"])["t/a"].state == "done"
+    assert ctx.upstream("vectors", "t/a").summary["double"] == 2
+    assert store.read_json("e/t/a/double.json") == {"double": 2}
+
+
 def test_a_trait_that_the_experiment_leaves_out_is_skipped(ctx):
     from dataclasses import replace
 
