@@ -28,9 +28,11 @@ def keep_fresh(sweep: str = SWEEP) -> dg.AutomationCondition:
     would leave the healthy traits of a failed batch behind for ever. The sweep gives every missing trait one try an hour.
     """
     changed = AC.any_deps_updated().replace("newly_updated", AC.data_version_changed())
+    # an input that is there for the first time: so the good traits of a batch that failed for another go on at once
+    appeared = AC.any_deps_match((~AC.missing()).newly_true())
     missed = AC.missing() & AC.cron_tick_passed(sweep)
     return (
-        (AC.newly_missing() | changed | AC.code_version_changed() | missed).since_last_handled()
+        (AC.newly_missing() | changed | appeared | AC.code_version_changed() | missed).since_last_handled()
         & ~AC.in_progress()
         & ~AC.any_deps_in_progress()
         & ~AC.any_deps_missing()
