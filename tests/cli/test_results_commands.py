@@ -45,15 +45,15 @@ def traits(*arguments: str, code: int = 0) -> Any:
 
 
 def test_lineage_and_sql(results: Workspace) -> None:
-    tree = json.loads(traits("lineage", f"demo/{TRAIT}", "--json").stdout)
+    tree = json.loads(traits("lineage", f"demo/{TRAIT}/vectors", "--json").stdout)
     assert (tree["title"], tree["state"]) == ("vectors of tonal/dry in demo", "current")
     vectors = results.store.root / f"demo/extraction/{TRAIT}/vectors/response_all/residual/mean_diff"
     data = (vectors / "vectors.safetensors").read_bytes()
     (vectors / "vectors.safetensors").write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
-    tree = json.loads(traits("lineage", f"demo/{TRAIT}", "--json").stdout)
+    tree = json.loads(traits("lineage", f"demo/{TRAIT}/vectors", "--json").stdout)
     assert tree["state"] == "damaged"
     assert str(vectors) in tree["why"]
-    assert "vectors of tonal/dry in demo" in traits("lineage", f"demo/{TRAIT}").stdout
+    assert "vectors of tonal/dry in demo" in traits("lineage", f"demo/{TRAIT}/vectors").stdout
     traits("rebuild-index")
     query = "SELECT experiment, trait FROM current_manifests WHERE stage = 'vectors' ORDER BY ALL"
     assert json.loads(traits("sql", query, "--json").stdout) == [
