@@ -139,8 +139,10 @@ def generation_benchmark(model: LanguageModel, repeat: int, lengths: Sequence[in
     """
     from transformers import StoppingCriteria, StoppingCriteriaList
 
+    # every prompt its own: what sharing a prompt's cache brings is measured by the sweep, not here
     prompts = [
-        model.encode(QUESTIONS[index % len(QUESTIONS)], chat=True).ids for index in range(len(lengths))
+        model.encode(f"{QUESTIONS[index % len(QUESTIONS)]} This is letter {index}.", chat=True).ids
+        for index in range(len(lengths))
     ]
     wanted = dict(zip(map(str, range(len(lengths))), lengths, strict=True))
     rows = [GenerationRow(str(index), prompt) for index, prompt in enumerate(prompts)]
