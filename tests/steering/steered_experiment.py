@@ -102,7 +102,7 @@ class Models:
     def spec(self, model: str, revision: str | None = None, adapter: str | None = None) -> ModelSpec:
         return ModelSpec(model, revision, adapter=adapter)
 
-    def get(self, spec: ModelSpec) -> Any:
+    def get(self, spec: ModelSpec, max_batch_rows: int | None = None) -> Any:
         return self.model
 
     def identify(self, spec: ModelSpec) -> ModelIdentity:

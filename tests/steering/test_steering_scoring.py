@@ -114,7 +114,7 @@ def test_unchanged_rows_are_never_generated_again(toy: Any) -> None:
     again = made.scorer()
     again.answers(asked(made, [BASELINE]))
     assert made.model.calls == first
-    assert again.generated == 0
+    assert again.generated == {}
     assert again.reused == len(made.task.questions.report)
 
 
@@ -177,7 +177,7 @@ def test_a_failure_keeps_the_rows_made_before_it(toy: Any) -> None:
     made.model.generate = real
     resumed = made.scorer()
     resumed.answers(asked(made, [BASELINE]))
-    assert resumed.generated == len(made.task.questions.report) - 3
+    assert resumed.generated == {made.task.trait: len(made.task.questions.report) - 3}
 
 
 def test_abstentions_stay_abstentions(toy: Any) -> None:

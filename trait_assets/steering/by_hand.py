@@ -113,7 +113,7 @@ def steer_by_hand(
                 f"dose {dose} is out of range", where="--dose", remedy="use a relative dose from -5 to 5"
             )
     candidate = _candidate(ctx, trait, wanted)
-    model = ctx.models.get(ctx.application_spec())
+    model = ctx.application_model()
     check_fit([candidate], model, trait)
     options = GenerationOptions(
         max_new_tokens=max_new_tokens, temperature=temperature, seed=ctx.experiment.seed

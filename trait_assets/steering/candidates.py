@@ -146,7 +146,8 @@ def shortlist(
             if fresh:
                 middle = (band[0].layer + band[-1].layer) / 2
                 # detection is noisy: differences in the second decimal are none
-                chosen.append(max(fresh, key=lambda s, m=middle: (round(s.merit, 1), -abs(s.layer - m))))
+                ordered = sorted(fresh, key=lambda s: abs(s.layer - middle))
+                chosen.append(max(ordered, key=lambda s: round(s.merit, 1)))
     # a place that stayed empty goes to whoever is next best
     for s in sorted(pool, key=lambda s: -s.merit):
         if len(chosen) >= limit:

@@ -101,7 +101,7 @@ class SteeringStage:
         from trait_assets.steering.dose_search import run_together, search
         from trait_assets.steering.scoring import BASELINE, Request
 
-        model = ctx.models.get(ctx.application_spec())
+        model = ctx.application_model()
         options = search_options(ctx)
         bench = Bench(ctx, model)
         prepared: dict[str, _Prepared] = {}
@@ -342,7 +342,7 @@ class Bench:
 
     def _judgement_cache(self, trait: str) -> Any:
         if trait not in self._judgements:
-            self._judgements[trait] = self._ctx.workspace.row_cache("judgements", trait)
+            self._judgements[trait] = _Counted(self._ctx.workspace.row_cache("judgements", trait))
         return self._judgements[trait]
 
     def _generate(self, rows: Sequence[GenerationRow]) -> Iterator[Any]:
@@ -392,6 +392,27 @@ class Bench:
         norms = [float(f"{v:.{NORM_DIGITS}g}") for v in np.nanmedian(per_row, axis=0)]
         cache.put_many({key: {"median_norm": norms}})
         return norms
+
+    def judged(self, trait: str) -> int:
+        """Answers of the judge about this trait that were not known before."""
+        cache = self._judgements.get(trait)
+        return 0 if cache is None else int(cache.put)
+
+
+class _Counted:
+    """A row cache that counts what is put into it."""
+
+    def __init__(self, cache: Any) -> None:
+        self._cache = cache
+        self.put = 0
+
+    def get(self, key: str) -> dict[str, Any] | None:
+        found: dict[str, Any] | None = self._cache.get(key)
+        return found
+
+    def put_many(self, rows: Mapping[str, Mapping[str, Any]]) -> None:
+        self._cache.put_many(rows)
+        self.put += len(rows)
 
 
 class _Fresh:
@@ -447,6 +468,8 @@ def _outcome(ctx: StageContext, prepared: _Prepared, result: SearchResult, bench
     outcome.summary = results.summary(
         result, judge=judge_name(plan.options["judge"]), stand_in=bench.judge.stand_in
     )
+    outcome.summary["generated_now"] = bench.scorer.generated.get(trait, 0)
+    outcome.summary["judged_now"] = bench.judged(trait)
     outcome.metrics = results.metric_rows(result)
     outcome.tables = {"runs": results.run_table(result), "samples": results.samples(result)}
     outcome.checks = results.checks(result, e.steer.coherence_threshold)

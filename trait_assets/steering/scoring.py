@@ -328,7 +328,8 @@ class Scorer:
         self._on_rows = on_rows
         # hashed once: the same for every row
         self._common = fingerprint({"model": dict(identity), "options": options.record(), "from": steer_from})
-        self.generated = 0
+        # trait → rows generated; a row of several traits counts for the first
+        self.generated: dict[str, int] = {}
         self.reused = 0
 
     def row_key(self, prompt_ids: Sequence[int], setting: Setting) -> str:
@@ -420,7 +421,8 @@ class Scorer:
                     found[trait, generated.key] = value
                     pending.setdefault(trait, {})[generated.key] = value
                 waiting += 1
-                self.generated += 1
+                owner = missing[generated.key].trait
+                self.generated[owner] = self.generated.get(owner, 0) + 1
                 if self._on_rows is not None:
                     self._on_rows(1, len(generated.ids))
                 if waiting >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
