@@ -32,7 +32,7 @@ def test_every_stage_computes_every_trait(first):
         "steering_results",
     ):
         assert first["stages"][stage]["states"] == {BUREAUCRATIC: "done", ENTHUSIASM: "done"}, stage
-    for table in ("extraction_evaluation", "steering_summary"):
+    for table in ("extraction_evaluation", "steering_summary", "report"):
         assert first["stages"][table]["states"] == {"all traits": "done"}
     assert not first["failures"]
 
@@ -75,6 +75,9 @@ def test_files_lie_where_the_specification_says(first, project):
     assert results["baseline"]
     assert results["runs"]
     assert (project.experiments / "small" / "extraction" / "extraction_evaluation.json").is_file()
+    report = project.experiments / "small" / "report" / "report.html"
+    assert report.is_file()
+    assert first["report"] == str(report)
 
 
 def test_the_table_holds_numbers(first):

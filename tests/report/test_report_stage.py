@@ -368,6 +368,20 @@ def test_runs_of_no_position_count_once(stored):
     assert len(dose["curves"]) == 2
 
 
+def test_a_large_experiment_has_all_traits_in_the_overview_and_the_best_in_full(stored, monkeypatch):
+    monkeypatch.setattr(contents, "DETAILED_TRAITS", 1)
+    monkeypatch.setattr(contents, "MATRIX_TRAITS", 1)
+    assert stored.report().state == "done"
+    page = Page(stored.html())
+    assert list(page.data["traits"]) == ["toy--alpha"]
+    assert "toy/gamma" in page.text
+    assert "toy--gamma" not in page.ids
+    assert "The 1 traits with a link have a section below" in page.text
+    links = {attrs["href"][1:] for tag, attrs in page.tags if tag == "a"}
+    assert links <= page.ids
+    assert page.data["across"] is None
+
+
 def test_status_table_is_flat_and_keeps_reasons():
     rows = [
         {

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 # Characters of model text in one report. Many traits share it: each shows as many questions as its share holds.
 TEXT_BUDGET = 12_000_000
+# A page of many more sections would no longer open in a browser; the overview names every trait.
+DETAILED_TRAITS = 150
+MATRIX_TRAITS = 200
 # Bytes of activations that may be read whole to draw null distributions again, where they cannot be memory-mapped.
 REMOTE_ACTIVATION_BYTES = 256_000_000
 HEAT_METRICS = {
@@ -55,11 +58,17 @@ def document(workspace: Workspace, experiment: Experiment, material: Material, c
     status = {row["trait"]: row for row in material.status}
     names = sorted({*material.traits, *status})
     reader = _Reader(workspace, list(material.problems))
-    budget = TEXT_BUDGET // max(1, len(names))
-    traits = [
-        _trait(reader, experiment, name, material.traits.get(name, {}), status.get(name), budget)
-        for name in names
-    ]
+    traits = []
+    for name in names:
+        done = {s: m for s, m in material.traits.get(name, {}).items() if m.status == "done"}
+        traits.append(_row(name, done, _verdict(experiment, done, status.get(name))))
+    # the most interesting ones are shown in full: validated, then refuted, then open, by name
+    states = ("validated", "not validated", "open")
+    ranked = sorted(traits, key=lambda t: (states.index(t["verdict"]["state"]), t["trait"]))
+    budget = TEXT_BUDGET // max(1, min(DETAILED_TRAITS, len(ranked)))
+    for page in ranked[:DETAILED_TRAITS]:
+        page |= _details(reader, experiment, page["trait"], material.traits.get(page["trait"], {}), budget)
+        page["detailed"] = True
     every = [m for stages in material.traits.values() for m in stages.values()]
     verdicts = [trait["verdict"]["state"] for trait in traits]
     return {
@@ -72,8 +81,8 @@ def document(workspace: Workspace, experiment: Experiment, material: Material, c
         "stand_in": any(m.summary.get("judge_is_stand_in") for m in every),
         "steering": experiment.steering,
         "prefill_only": experiment.prefill_only,
-        "counts": {state: verdicts.count(state) for state in ("validated", "not validated", "open")}
-        | {"traits": len(traits)},
+        "counts": {state: verdicts.count(state) for state in states}
+        | {"traits": len(traits), "detailed": sum(trait["detailed"] for trait in traits)},
         "traits": traits,
         "across": _across(reader, material.tables.get("extraction_evaluation")),
         "tables": [manifest_record(m) for m in material.tables.values()],
@@ -144,25 +153,32 @@ class _Reader:
 # One trait
 
 
-def _trait(
-    reader: _Reader,
-    experiment: Experiment,
-    trait: str,
-    manifests: Mapping[str, Manifest],
-    status: Mapping[str, Any] | None,
-    budget: int,
-) -> Document:
-    done = {stage: m for stage, m in manifests.items() if m.status == "done"}
-    missing: dict[str, str] = {}
-    page: Document = {
+def _row(trait: str, done: Mapping[str, Manifest], verdict: dict[str, Any]) -> Document:
+    """What the overview needs; manifests alone are read."""
+    return {
         "trait": trait,
         "anchor": trait.replace("/", "--"),
-        "verdict": _verdict(experiment, done, status),
+        "detailed": False,
+        "verdict": verdict,
         "numbers": _numbers(done),
         "judges": {
             "vetting": judge_words(done.get("vetted_responses")) or judge_words(done.get("vetted_scenarios")),
             "steering": judge_words(done.get("steering_results")),
         },
+    }
+
+
+def _details(
+    reader: _Reader,
+    experiment: Experiment,
+    trait: str,
+    manifests: Mapping[str, Manifest],
+    budget: int,
+) -> Document:
+    """A trait's own section."""
+    done = {stage: m for stage, m in manifests.items() if m.status == "done"}
+    missing: dict[str, str] = {}
+    page: Document = {
         "definition": _definition(reader, done.get("scenarios"), trait),
         "histograms": _histograms(reader, experiment, trait, manifests, missing),
         "missing": missing,
@@ -747,7 +763,7 @@ def _across(reader: _Reader, manifest: Manifest | None) -> dict[str, Any] | None
         (reader.json(manifest, key) for key in manifest.files if key.endswith("extraction_evaluation.json")),
         None,
     )
-    if table is None:
+    if table is None or len(table["cosine"]["traits"]) > MATRIX_TRAITS:
         return None
     return {
         "fingerprint": manifest.fingerprint,

@@ -59,7 +59,11 @@ def embedded(value: Any) -> Markup:
 
 def _data(content: Mapping[str, Any]) -> dict[str, Any]:
     return {
-        "traits": {trait["anchor"]: {name: trait[name] for name in _DRAWN} for trait in content["traits"]},
+        "traits": {
+            trait["anchor"]: {name: trait[name] for name in _DRAWN}
+            for trait in content["traits"]
+            if trait["detailed"]
+        },
         "across": content["across"],
     }
 

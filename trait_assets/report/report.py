@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from datetime import UTC, datetime
+from typing import Any
 
 from storage import keys
 from storage.artifacts import ArtifactStore
@@ -16,6 +17,7 @@ from trait_assets.pipeline import PIPELINE, Check, Outcome, Plan, StageContext, 
 from trait_assets.report import overview
 from trait_assets.report.contents import Material, document, status_table
 
+STATUS_ROWS = 500
 TABLE_STAGES = ("extraction_evaluation", "steering_summary")
 
 
@@ -88,7 +90,7 @@ class ReportStage:
             "megabytes": round(len(html) / 1e6, 2),
             "problems": "; ".join(problems) or None,
         }
-        outcome.tables = {"trait_status": content["status"]}
+        outcome.tables = {"trait_status": _most_urgent(content["status"])}
         outcome.checks = [
             Check(
                 "every_result_readable",
@@ -97,6 +99,15 @@ class ReportStage:
             )
         ]
         return outcome
+
+
+def _most_urgent(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """At most STATUS_ROWS rows for the UI, whatever is not current first."""
+
+    def settled(row: dict[str, Any]) -> bool:
+        return all(v in ("current", "skipped") for k, v in row.items() if k not in ("trait", "reason"))
+
+    return sorted(rows, key=settled)[:STATUS_ROWS] if len(rows) > STATUS_ROWS else rows
 
 
 def gather(ctx: StageContext) -> Material:
