@@ -379,7 +379,7 @@ def test_garbage_leaves_the_mean_alone_and_fails_the_gate_above_the_limit(
 
 
 def _fault_run(
-    openai_server: Any, make: Any, n: int, per_minute: int, timeout_s: float
+    openai_server: Any, make: Any, n: int, per_minute: int, concurrency: int, timeout_s: float
 ) -> tuple[list[Judgement], float, OpenAIJudge]:
     openai_server.faults = module_of(openai_server).Faults(
         rate_limited=0.60,
@@ -392,7 +392,7 @@ def _fault_run(
         content_filter=0.02,
         seed=1,
     )
-    judge = make(max_concurrency=48, timeout_s=timeout_s, requests_per_minute=per_minute)
+    judge = make(max_concurrency=concurrency, timeout_s=timeout_s, requests_per_minute=per_minute)
     start = time.monotonic()
     judged = list(judge.score(items(n)))
     return judged, time.monotonic() - start, judge
@@ -413,7 +413,7 @@ def _check_fault_run(openai_server: Any, judged: list[Judgement], judge: OpenAIJ
 
 
 def test_no_item_is_lost_to_faults(openai_server: Any, make: Any) -> None:
-    judged, _, judge = _fault_run(openai_server, make, 150, 0, timeout_s=2.5)
+    judged, _, judge = _fault_run(openai_server, make, 150, 0, concurrency=24, timeout_s=4.0)
     _check_fault_run(openai_server, judged, judge, 150)
     reasons = Counter(j.reason for j in judged if isinstance(j, Abstention))
     assert set(reasons) <= {"low_mass", "content_filter"}
@@ -422,7 +422,7 @@ def test_no_item_is_lost_to_faults(openai_server: Any, make: Any) -> None:
 @pytest.mark.slow
 def test_fault_run_of_two_thousand(openai_server: Any, make: Any) -> None:
     per_minute = 40 * 60
-    judged, seconds, judge = _fault_run(openai_server, make, 2000, per_minute, timeout_s=8.0)
+    judged, seconds, judge = _fault_run(openai_server, make, 2000, per_minute, concurrency=48, timeout_s=15.0)
     _check_fault_run(openai_server, judged, judge, 2000)
     allowed = len(openai_server.requests) / (per_minute / 60)
     print(f"2000 items, {len(openai_server.requests)} requests: {seconds:.1f} s, allowed {allowed:.1f} s")
