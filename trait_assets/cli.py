@@ -108,7 +108,10 @@ def _stage_command(stages: Sequence[str] | None, summary: str) -> Callable[..., 
         judge_model: Annotated[str | None, typer.Option("--judge-model")] = None,
         set_: Annotated[
             list[str] | None,
-            typer.Option("--set", help="Any other option, e.g. --set min_kept=5 or --set steer.questions=8."),
+            typer.Option(
+                "--set",
+                help="Any other option, e.g. --set min_kept=5, --set steer.questions=8 or --set judge.max_cost_usd=2.",
+            ),
         ] = None,
         force: Annotated[bool, typer.Option("--force", help="Recompute what is up to date.")] = False,
         as_json: JsonOption = False,
@@ -140,7 +143,7 @@ def _stage_command(stages: Sequence[str] | None, summary: str) -> Callable[..., 
         with one_line_errors(verbose):
             overrides = {name: value for name, value in given.items() if value is not None}
             overrides = merge_settings(overrides, set_ or [])
-            judges = {k: v for k, v in {"backend": judge, "model": judge_model}.items() if v is not None}
+            judges = judge_options(overrides.pop("judge", {}), judge, judge_model)
             failed = materialise(
                 experiment,
                 _split(traits),
@@ -204,6 +207,45 @@ def merge_settings(overrides: dict[str, Any], settings: Sequence[str]) -> dict[s
                 )
         target[last] = value
     return merged
+
+
+def judge_options(given: Any, backend: str | None, model: str | None) -> dict[str, Any]:
+    """The configuration of the judge from `--set judge.…`, `--judge` and `--judge-model`; UserError naming
+    the option that does not exist or cannot have that value. A key is refused: run configurations are stored."""
+    from pydantic import ValidationError
+
+    from resources.judges.resource import JudgeResource
+
+    named = {name: value for name, value in {"backend": backend, "model": model}.items() if value is not None}
+    known = sorted(set(JudgeResource.model_fields) - {"api_key"})
+    if not isinstance(given, dict):
+        raise UserError(
+            "a judge is no single value", where="--set judge", remedy="write --set judge.max_calls=500"
+        )
+    for name in given:
+        if name == "api_key":
+            raise UserError(
+                "a key on the command line would be stored with the run",
+                where="--set judge.api_key",
+                remedy="set the variable OPENAI_API_KEY",
+            )
+        if name not in known:
+            raise UserError(
+                "the judge has no such option",
+                where=f"--set judge.{name}",
+                remedy=f"use one of {', '.join(known)}",
+            )
+    options = {**given, **named}
+    try:
+        JudgeResource(**options)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False)[0]
+        raise UserError(
+            first["msg"],
+            where=f"judge option `{'.'.join(str(part) for part in first['loc'])}`",
+            remedy="correct it",
+        ) from error
+    return options
 
 
 def materialise(

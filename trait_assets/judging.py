@@ -6,7 +6,8 @@ this module. The rules of keeping are in `scenarios/vetting.py`, the judges in `
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,6 +15,7 @@ from resources.judges.protocol import JudgeItem, TraitContext
 from storage import keys
 from storage.errors import UserError
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
+from trait_assets.progress import Task
 from trait_assets.scenarios.dataset import ScenarioSet
 from trait_assets.scenarios.selection import read_scenario_set, subset
 from trait_assets.scenarios.vetting import Candidate, Vetting, apply_thresholds, judged_text
@@ -38,6 +40,30 @@ def trait_context(scenarios: ScenarioSet) -> TraitContext:
         positives=tuple(judged_text(s.prompt, s.system_prompt) for s in scenarios.positives),
         negatives=tuple(judged_text(s.prompt, s.system_prompt) for s in scenarios.negatives),
     )
+
+
+class Spending:
+    """Notes on a progress task what a judge has spent so far: at most every `interval` seconds, and at the end.
+    A judge that sends no requests is not spoken of."""
+
+    def __init__(self, task: Task, interval: float = 5.0) -> None:
+        self._task = task
+        self._interval = interval
+        self._said = time.monotonic()
+
+    def show(self, read: Callable[[], Mapping[str, float]], *, last: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._said < self._interval and not last:
+            return
+        self._said = now
+        usage = read()
+        if not usage.get("requests"):
+            return
+        tokens = usage["prompt_tokens"] + usage["completion_tokens"]
+        cost = f", {usage['cost_usd']:.4f} USD" if usage.get("priced") else ""
+        self._task.note(
+            f"{usage['calls']:,.0f} calls, {usage.get('retries', 0):,.0f} retries, {tokens:,.0f} tokens{cost}"
+        )
 
 
 class _VettingStage:
@@ -74,8 +100,10 @@ class _VettingStage:
         judgements: list[Any] = []
         spent = judge.usage()
         with ctx.progress.task(f"{self.name} · {len(items)} texts", len(items)) as task:
+            spending = Spending(task)
             for owner, judgement in zip(owners, judge.score(items), strict=True):
                 task.advance(1)
+                spending.show(judge.usage)
                 judgements.append(judgement)
                 if len(judgements) == len(owner.payload):
                     total = judge.usage()
@@ -83,6 +111,7 @@ class _VettingStage:
                     spent = total
                     yield self._outcome(ctx, owner, judgements, judge, work)
                     judgements = []
+            spending.show(judge.usage, last=True)
 
     def _outcome(
         self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Any, work: dict[str, float]

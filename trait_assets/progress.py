@@ -91,17 +91,19 @@ class RichTask:
         self._bar = bar
         self._id = task_id
         self._counts: dict[str, float] = {}
+        self._note = ""
         self._started = time.monotonic()
 
     def advance(self, steps: int = 1, **counts: float) -> None:
         for name, value in counts.items():
             self._counts[name] = self._counts.get(name, 0) + value
         elapsed = max(time.monotonic() - self._started, 1e-6)
-        rates = "  ".join(f"{value / elapsed:,.0f} {name}/s" for name, value in self._counts.items())
-        self._bar.update(self._id, advance=steps, rates=rates)
+        rates = [f"{value / elapsed:,.0f} {name}/s" for name, value in self._counts.items()]
+        self._bar.update(self._id, advance=steps, rates="  ".join([*rates, self._note]).strip())
 
     def note(self, text: str) -> None:
-        self._bar.update(self._id, rates=text)
+        self._note = text
+        self.advance(0)
 
 
 class RichProgress:
