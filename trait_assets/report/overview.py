@@ -5,7 +5,8 @@ Reads manifests; computes nothing. Each number stands in a stored artifact, and 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -313,13 +314,16 @@ def status_rows(
         if not experiment.covers(trait) or (wanted and trait not in wanted):
             continue
         row: dict[str, Any] = {"trait": trait, "stages": {}}
+        # each manifest is looked at as a result and as others' input
+        read = cache(workspace.manifests.read)
         if trait in found.problems:
             row["problem"] = found.problems[trait]
         for stage in stages:
             shared = stage == "scenarios"
-            state, reason = _state(workspace, None if shared else experiment.name, stage, trait, verify_files)
+            scope = None if shared else experiment.name
+            state, reason = _state(workspace, read, scope, stage, trait, verify_files)
             if state == "current" and shared and trait in found.traits:
-                manifest = workspace.manifests.read(None, stage, trait)
+                manifest = read(None, stage, trait)
                 assert manifest is not None
                 if manifest.inputs.get("files") != trait_hash(dataset_root, trait):
                     state, reason = "stale", "the trait folder has changed since"
@@ -328,11 +332,14 @@ def status_rows(
     return rows
 
 
+_Read = Callable[[str | None, str, str | None], Manifest | None]
+
+
 def _state(
-    workspace: Workspace, experiment: str | None, stage: str, trait: str, verify_files: bool
+    workspace: Workspace, read: _Read, experiment: str | None, stage: str, trait: str, verify_files: bool
 ) -> tuple[str, str | None]:
     try:
-        manifest = workspace.manifests.read(experiment, stage, trait)
+        manifest = read(experiment, stage, trait)
     except ArtifactError as error:
         return "damaged", str(error)
     if manifest is None:
@@ -348,17 +355,15 @@ def _state(
     problems = workspace.manifests.verify(manifest) if verify_files else []
     if problems:
         return "damaged", "; ".join(problems[:3])
-    return _staleness(workspace, manifest)
+    return _staleness(read, manifest)
 
 
-def _staleness(workspace: Workspace, manifest: Manifest) -> tuple[str, str | None]:
+def _staleness(read: _Read, manifest: Manifest) -> tuple[str, str | None]:
     for name, fingerprint in manifest.inputs.items():
         if name == "files" or not _is_fingerprint(fingerprint):
             continue
         try:
-            upstream = workspace.manifests.read(
-                None if name == "scenarios" else manifest.experiment, name, manifest.trait
-            )
+            upstream = read(None if name == "scenarios" else manifest.experiment, name, manifest.trait)
         except ArtifactError:
             return "stale", f"the manifest of {name} is damaged"
         if upstream is None:
