@@ -95,12 +95,11 @@ def new_scorer(model: LanguageModel, judge: LocalJudge) -> Scorer:
 def vectors(model: LanguageModel, scenarios: ScenarioSet, layers: Sequence[int]) -> list[Candidate]:
     """Directions between the trait's two sides, over the tokens of the scenarios themselves."""
     texts = [*scenarios.positives, *scenarios.negatives]
-    rows = [
-        CaptureRow(str(i), (), model.encode(s.prompt, s.system_prompt, chat=False).ids)
-        for i, s in enumerate(texts)
-    ]
-    captured = {r.key: r for r in model.capture(rows, ["all[:]"], layers=list(layers))}
-    x = np.stack([captured[r.key].pooled["all[:]", "residual"] for r in rows]).astype(np.float32)
+    # the first token carries a massive activation: it stands as the prompt, and is left out of the mean
+    ids = [model.encode(s.prompt, s.system_prompt, chat=False).ids for s in texts]
+    rows = [CaptureRow(str(i), row[:1], row[1:]) for i, row in enumerate(ids)]
+    captured = {r.key: r for r in model.capture(rows, ["response[:]"], layers=list(layers))}
+    x = np.stack([captured[r.key].pooled["response[:]", "residual"] for r in rows]).astype(np.float32)
     y = np.arange(len(rows)) < len(scenarios.positives)
     metadata = {
         "rows": {"train": [{"key": r.key, "pair": None} for r in rows]},
@@ -109,14 +108,23 @@ def vectors(model: LanguageModel, scenarios: ScenarioSet, layers: Sequence[int])
     }
     keys = [r.key for r in rows]
     found = ActivationSet(
-        scenarios.trait, "all[:]", "residual", "train", x, y, np.arange(len(y)), keys, list(layers), metadata
+        scenarios.trait,
+        "response[:]",
+        "residual",
+        "train",
+        x,
+        y,
+        np.arange(len(y)),
+        keys,
+        list(layers),
+        metadata,
     )
     out: list[Candidate] = []
     for method, file in fit_vectors(found, METHODS, 0).items():
         for layer in layers:
             vector = file.vector(layer)
             direction = np.ascontiguousarray(vector.direction * vector.sign, dtype=np.float32)
-            out.append(Candidate(layer, method, "all[:]", "residual", direction, len(out)))
+            out.append(Candidate(layer, method, "response[:]", "residual", direction, len(out)))
     return out
 
 
