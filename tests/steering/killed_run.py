@@ -1,5 +1,7 @@
 """Runs the steering stage on the embedded model until it is done or killed: python killed_run.py ROOT TESTS
-ROWS."""
+ROWS [MEMORY].
+
+ROWS: most rows per batch. MEMORY: with more rows than this the model's forward runs out of memory."""
 
 from __future__ import annotations
 
@@ -56,14 +58,32 @@ def prepared(root: Path, tests: Path, max_batch_rows: int) -> Any:
     return ctx, models, steered.TRAIT
 
 
+def short_of_memory(network: Any, rows: int) -> list[int]:
+    """Lets forward fail above so many rows; returns the list of the sizes that failed."""
+    import torch
+
+    real, failed = network.forward, []
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        given = kwargs.get("input_ids", args[0] if args else None)
+        if given is not None and len(given) > rows:
+            failed.append(len(given))
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+        return real(*args, **kwargs)
+
+    network.forward = forward
+    return failed
+
+
 def main() -> None:
     from trait_assets import pipeline
     from trait_assets.steering.evaluation import SteeringStage
 
     root, tests, rows = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     ctx, models, trait = prepared(root, tests, rows)
+    failed = short_of_memory(models.model.model, int(sys.argv[4])) if len(sys.argv) > 4 else []
     (result,) = pipeline.run(SteeringStage(), ctx, [trait])
-    print(result.state, result.reason or "", sum(models.rows), flush=True)
+    print(result.state, result.reason or "", len(failed), sum(models.rows), flush=True)
 
 
 if __name__ == "__main__":

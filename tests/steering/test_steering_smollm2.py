@@ -20,17 +20,26 @@ SCRIPT = Path(__file__).with_name("killed_run.py")
 pytestmark = pytest.mark.slow
 
 
-def start(root: Path, rows: int) -> subprocess.Popen[str]:
+def start(root: Path, rows: int, memory: int | None = None) -> subprocess.Popen[str]:
     environment = {**os.environ, "PYTHONPATH": str(TESTS.parent), "PYTHONWARNINGS": "ignore"}
-    command = [sys.executable, str(SCRIPT), str(root), str(TESTS), str(rows)]
+    command = [
+        sys.executable,
+        str(SCRIPT),
+        str(root),
+        str(TESTS),
+        str(rows),
+        *([str(memory)] if memory else []),
+    ]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
 
 
-def finish(process: subprocess.Popen[str]) -> int:
-    """Waits for the run; the number of rows it had to generate."""
+def finish(process: subprocess.Popen[str], *, short: bool = False) -> int:
+    """Waits for the run; the number of rows it had to generate. `short`: memory must have run out."""
     out, _ = process.communicate(timeout=1500)
     assert out.startswith("done"), out
-    return int(out.split()[-1])
+    failed, made = map(int, out.split()[-2:])
+    assert (failed > 0) == short
+    return made
 
 
 def runs(root: Path) -> list[dict[str, Any]]:
@@ -44,7 +53,8 @@ def texts(root: Path) -> dict[tuple[str, str, int], str]:
 
 
 def segments(root: Path) -> int:
-    return len(list((root / "experiments" / "_cache" / "steered").rglob("*"))) if root.exists() else 0
+    """Files of generated rows that are complete; those being written have another ending."""
+    return len(list((root / "experiments" / "_cache" / "steered").rglob("*.jsonl")))
 
 
 @pytest.mark.timeout(3600)
@@ -58,6 +68,10 @@ def test_cut_batches_and_kills_change_no_result(tmp_path: Path) -> None:
     assert finish(start(cut, 7)) == made
     assert runs(cut) == runs(whole)
     assert texts(cut) == texts(whole)
+    halved = tmp_path / "halved"
+    assert finish(start(halved, 64, memory=9), short=True) == made
+    assert runs(halved) == runs(whole)
+    assert texts(halved) == texts(whole)
 
     kills = 0
     for _ in range(2):
