@@ -11,13 +11,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import email.utils
+import heapq
+import itertools
 import json
 import logging
 import math
 import random
 import re
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -388,6 +390,42 @@ class _Pace:
             now = time.monotonic()
 
 
+class _Gate:
+    """One at a time; whoever asked first goes first, on every try. A question that was turned away ten times
+    must not queue behind all the others ten times: the unlucky ones would make a long end."""
+
+    def __init__(self) -> None:
+        self._open = True
+        self._waiting: list[tuple[int, int, asyncio.Future[None]]] = []
+        self._arrivals = itertools.count()
+
+    @contextlib.asynccontextmanager
+    async def hold(self, ticket: int) -> AsyncIterator[None]:
+        if self._open:
+            self._open = False
+        else:
+            called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+            heapq.heappush(self._waiting, (ticket, next(self._arrivals), called))
+            try:
+                await called
+            except asyncio.CancelledError:
+                if called.done() and not called.cancelled():
+                    self._leave()
+                raise
+        try:
+            yield
+        finally:
+            self._leave()
+
+    def _leave(self) -> None:
+        while self._waiting:
+            *_, called = heapq.heappop(self._waiting)
+            if not called.done():
+                called.set_result(None)
+                return
+        self._open = True
+
+
 class ChatClient:
     """Lives inside one event loop. `ask` either returns an answer, raises GaveUp for this question, or raises
     UserError for all (key, quota, model, budget, unreachable server); after that every further `ask` raises
@@ -402,8 +440,9 @@ class ChatClient:
         # budgets hold for the process, `spent` is what this client's owner wants to know
         self.ledger = _process.ledgers.setdefault(place, Ledger())
         self._books = (self.ledger, spent if spent is not None else Ledger())
+        self._gate = _Gate()
         self._slots = asyncio.Semaphore(settings.max_concurrency)
-        self._leader = asyncio.Lock()
+        self._tickets = itertools.count()
         self._returned = asyncio.Condition()
         self._pace = _Pace(settings.requests_per_minute)
         self._fatal: UserError | None = None
@@ -426,12 +465,13 @@ class ChatClient:
         """`messages(system_role)` gives the chat messages; `keep` stores the answer and is awaited while the
         request still counts as in flight, so that a kill loses at most `max_concurrency` answers."""
         started = time.monotonic()
+        ticket = next(self._tickets)
         faults = 0
         waits = 0
         last = ""
         while True:
             try:
-                return await self._once(messages, mode, keep)
+                return await self._once(ticket, messages, mode, keep)
             except _Again as again:
                 last = again.reason
                 if again.kind == "adapted":
@@ -453,48 +493,44 @@ class ChatClient:
 
     async def _once(
         self,
+        ticket: int,
         messages: Callable[[bool], list[dict[str, str]]],
         mode: Mode,
         keep: Callable[[Answer], Awaitable[None]],
     ) -> Answer:
-        async with self._slots:
-            if not self.abilities.settled:
-                # the first request goes alone: a refused parameter or a wrong key is met once, not twenty
-                # times
-                async with self._leader:
-                    if not self.abilities.settled:
-                        return await self._attempt(messages, mode, keep)
-            return await self._attempt(messages, mode, keep)
+        async with contextlib.AsyncExitStack() as held:
+            async with self._gate.hold(ticket):
+                await held.enter_async_context(self._slots)
+                request = self._request(messages(self.abilities.system_role), mode)
+                version = self.abilities.version
+                estimate = sum(len(m["content"]) for m in request["messages"]) // 3 + LOGPROB_TOKENS
+                await held.enter_async_context(self._reserved(estimate))
+                self._openai()  # loading it takes a second, which must not count as unused rate
+                await self._pace.turn()
+                self._raise_if_fatal()
+                if not self.abilities.settled:
+                    # the first request goes alone: a refused parameter or a wrong key is met once, not twenty
+                    # times
+                    return await self._exchange(request, version, keep)
+            return await self._exchange(request, version, keep)
 
-    async def _attempt(
-        self,
-        messages: Callable[[bool], list[dict[str, str]]],
-        mode: Mode,
-        keep: Callable[[Answer], Awaitable[None]],
+    async def _exchange(
+        self, request: dict[str, Any], version: int, keep: Callable[[Answer], Awaitable[None]]
     ) -> Answer:
-        request = self._request(messages(self.abilities.system_role), mode)
-        estimate = sum(len(m["content"]) for m in request["messages"]) // 3 + LOGPROB_TOKENS
-        version = self.abilities.version
-        await self._reserve(estimate)
-        try:
-            await self._pace.turn()
-            self._raise_if_fatal()
-            for book in self._books:
-                book.requests += 1
-            answer = await self._send(request, version)
-            for book in self._books:
-                book.calls += 1
-                book.prompt_tokens += answer.prompt_tokens
-                book.completion_tokens += answer.completion_tokens
-            if answer.text.lstrip().startswith("<think") and self.abilities.think():
-                # its first token is no score, and eight tokens are no answer
-                raise _Again("adapted", "thinking")
-            self.abilities.settled = True
-            self._unreachable = self._gave_up_in_a_row = self._limited_in_a_row = 0
-            await keep(answer)
-            return answer
-        finally:
-            await self._release(estimate)
+        for book in self._books:
+            book.requests += 1
+        answer = await self._send(request, version)
+        for book in self._books:
+            book.calls += 1
+            book.prompt_tokens += answer.prompt_tokens
+            book.completion_tokens += answer.completion_tokens
+        if answer.text.lstrip().startswith("<think") and self.abilities.think():
+            # its first token is no score, and eight tokens are no answer
+            raise _Again("adapted", "thinking")
+        self.abilities.settled = True
+        self._unreachable = self._gave_up_in_a_row = self._limited_in_a_row = 0
+        await keep(answer)
+        return answer
 
     def _request(self, messages: list[dict[str, str]], mode: Mode) -> dict[str, Any]:
         abilities = self.abilities
@@ -609,6 +645,14 @@ class ChatClient:
                 f"{DEAD_AFTER} questions in a row got no answer (last: {reason} {detail})".replace(" )", ")"),
                 "see whether the server is well",
             )
+
+    @contextlib.asynccontextmanager
+    async def _reserved(self, tokens: int) -> AsyncIterator[None]:
+        await self._reserve(tokens)
+        try:
+            yield
+        finally:
+            await self._release(tokens)
 
     async def _reserve(self, tokens: int) -> None:
         """Enter the budget, or wait for requests in flight whose true size may still leave room."""

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from resources.judges.client import Abilities, ClientSettings, classify, retry_after
+from resources.judges.client import Abilities, ClientSettings, _Gate, classify, retry_after
 from resources.judges.openai_judge import OpenAIJudge, OpenAISettings, openai_identity
 from resources.judges.protocol import Abstention, JudgeItem, Judgement, Score, TraitContext
 from resources.judges.resource import JudgeResource
@@ -413,7 +413,7 @@ def _check_fault_run(openai_server: Any, judged: list[Judgement], judge: OpenAIJ
 
 
 def test_no_item_is_lost_to_faults(openai_server: Any, make: Any) -> None:
-    judged, _, judge = _fault_run(openai_server, make, 150, 0, concurrency=24, timeout_s=4.0)
+    judged, _, judge = _fault_run(openai_server, make, 150, 0, concurrency=24, timeout_s=5.0)
     _check_fault_run(openai_server, judged, judge, 150)
     reasons = Counter(j.reason for j in judged if isinstance(j, Abstention))
     assert set(reasons) <= {"low_mass", "content_filter"}
@@ -442,7 +442,7 @@ def test_a_rate_limit_that_nobody_passes_is_waited_for_together(openai_server: A
 def test_the_clients_own_rate_is_kept(openai_server: Any, make: Any) -> None:
     list(make(requests_per_minute=60 * 40).score(items(40)))
     times = [request.at for request in openai_server.requests]
-    assert times[-1] - times[0] >= 39 / 40 * 0.95
+    assert times[-1] - times[0] >= 39 / 40 * 0.9
 
 
 def test_a_dead_server_ends_the_run_with_a_remedy(caches: Any) -> None:
@@ -762,6 +762,37 @@ def test_bad_options_are_refused_before_anything_is_sent(
 
 
 # small parts
+
+
+def test_who_asked_first_goes_first_on_every_try_and_a_cancelled_wait_shuts_nobody_out() -> None:
+    async def main() -> tuple[list[int], bool]:
+        gate = _Gate()
+        order: list[int] = []
+        opened = asyncio.Event()
+
+        async def work(ticket: int) -> None:
+            async with gate.hold(ticket):
+                if ticket == 0:
+                    await opened.wait()
+                order.append(ticket)
+
+        first = asyncio.create_task(work(0))
+        await asyncio.sleep(0)
+        later = {ticket: asyncio.create_task(work(ticket)) for ticket in (9, 4, 7, 3, 8)}
+        await asyncio.sleep(0)
+        later[4].cancel()
+        await asyncio.sleep(0)
+        opened.set()
+        # called, and cancelled before it could begin
+        while not first.done():
+            later[3].cancel()
+            await asyncio.sleep(0)
+        await asyncio.gather(first, *later.values(), return_exceptions=True)
+        return order, gate._open
+
+    order, is_open = asyncio.run(main())
+    assert [ticket for ticket in order if ticket > 3] == [7, 8, 9]
+    assert is_open
 
 
 def test_retry_after_in_seconds_milliseconds_and_as_a_date() -> None:
