@@ -120,7 +120,13 @@ class StageContext:
         return self.models.get(self.application_spec(), max_batch_rows=self.experiment.batch_size)
 
     def upstream(self, stage: str, trait: str | None, *, shared: bool = False) -> Manifest:
-        """The manifest of an input, or a UserError that says which stage to materialise first."""
+        """The manifest of an input, or a UserError that says which stage to materialise first.
+
+        `scenarios` is read from the trait folder on demand: the folder sensor reports that a folder is new or has
+        changed without reading it, so its first reader does.
+        """
+        if shared and stage == "scenarios" and trait is not None:
+            self._read_scenarios(trait)
         manifest = self.workspace.manifests.read(None if shared else self.experiment.name, stage, trait)
         if manifest is None:
             raise UserError(
@@ -135,6 +141,18 @@ class StageContext:
                 remedy=f"materialise `{stage}` again: it rebuilds what is missing or altered",
             )
         return manifest
+
+
+    def _read_scenarios(self, trait: str) -> None:
+        """Bring the stored scenario set up to date with its folder; raises what is wrong with the folder."""
+        from trait_assets.scenarios.reading import ScenariosStage
+
+        if not (self.dataset_root / trait).is_dir():
+            # gone since: what is stored still says what its results were made from
+            return
+        (result,) = run(ScenariosStage(), replace(self, force=False), [trait])
+        if result.state == "failed":
+            raise UserError(result.reason or "the trait folder cannot be read", where="scenarios")
 
 
 @dataclass(frozen=True)
