@@ -7,16 +7,26 @@ tested by simulated ticks.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+import logging
+import time
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import dagster as dg
 
 from trait_assets.partitions import TRAITS, known_traits, traits_partitions
 from trait_assets.paths import dataset_root
 
+if TYPE_CHECKING:
+    from storage.workspace import Workspace
+    from trait_assets.pipeline import TraitResult
+
 SWEEP = "0 * * * *"
+# Dagster ends a sensor's tick after 60 s; hundreds of new folders are read over several ticks
+READ_SECONDS = 15.0
 # the methods' annotations disagree about what a condition is over
 AC: Any = dg.AutomationCondition
 
@@ -102,8 +112,53 @@ def traits_in_flight(instance: dg.DagsterInstance) -> set[str]:
     return covered
 
 
+@dataclass
+class Reading:
+    """What one tick read: the results of the stage `scenarios`, and why the other folders cannot be used."""
+
+    results: dict[str, TraitResult] = field(default_factory=dict)
+    failed: dict[str, str] = field(default_factory=dict)
+
+
+def read_folders(workspace: Workspace, root: Path, traits: Sequence[str], *, seconds: float) -> Reading:
+    """Bring the stage `scenarios` up to date for changed folders, here and now: it only reads text.
+
+    Stops after about `seconds`; what is in neither result is left for the next tick.
+    """
+    from trait_assets.experiments import Experiment
+    from trait_assets.pipeline import StageContext, run
+    from trait_assets.progress import LogProgress
+    from trait_assets.scenarios.reading import ScenariosStage
+
+    context = StageContext(
+        # shared stages read no option, no model and no judge; the context still wants them
+        experiment=Experiment(name="shared", extraction_model="none"),
+        workspace=workspace,
+        models=None,  # type: ignore[arg-type]
+        judges=None,  # type: ignore[arg-type]
+        dataset_root=root,
+        run_id="folder-sensor",
+        progress=LogProgress(logging.getLogger("trait_assets")),
+    )
+    reading = Reading()
+    started = time.monotonic()
+    for trait in traits:
+        (result,) = run(ScenariosStage(), context, [trait])
+        if result.state == "failed":
+            reading.failed[trait] = result.reason or "cannot be read"
+        else:
+            reading.results[trait] = result
+        if time.monotonic() - started > seconds:
+            break
+    return reading
+
+
 def evaluate_folders(context: dg.SensorEvaluationContext) -> dg.SensorResult | dg.SkipReason:
-    """One tick: add new traits, report changed scenarios as materialisations of `scenarios`, delete what is gone and idle."""
+    """One tick: read new and changed folders into `scenarios`, add their partitions, delete what is gone and idle.
+
+    The later stages take the scenario sets from the store, so a materialisation is reported only of what was read.
+    A folder that cannot be read gets no partition and is named at every tick until it is mended.
+    """
     from trait_assets.scenarios.dataset import discover, trait_hash
 
     root = dataset_root()
@@ -114,35 +169,82 @@ def evaluate_folders(context: dg.SensorEvaluationContext) -> dg.SensorResult | d
     on_disk = {trait: trait_hash(root, trait) for trait in found.traits}
     seen: dict[str, str] = json.loads(context.cursor) if context.cursor else {}
     instance = context.instance
-    busy = traits_in_flight(instance)
+    known = set(known_traits(instance))
     # a folder that is broken today still has its partition: it may be half saved
-    broken = {folder for folder in found.problems if folder in set(known_traits(instance))}
-    changes = folder_changes(on_disk, set(known_traits(instance)) - broken, seen, busy)
-    for folder, reason in found.problems.items():
+    broken = set(found.problems) & known
+    changes = folder_changes(on_disk, known - broken, seen, traits_in_flight(instance))
+    workspace = context.resources.store.open()
+    reading = read_folders(workspace, root, changes.changed, seconds=READ_SECONDS)
+    left_out = {**found.problems, **reading.failed}
+    for folder, reason in left_out.items():
         context.log.warning("trait folder %s is left out: %s", folder, reason)
-    events = [
-        dg.AssetMaterialization(
-            asset_key="scenarios",
-            partition=trait,
-            metadata={"content_hash": on_disk[trait], "state": "reported by the folder sensor"},
-            tags={"dagster/data_version": on_disk[trait]},
-        )
-        for trait in changes.changed
-    ]
+    events = scenario_events(instance, workspace, reading)
     requests: list[dg.AddDynamicPartitionsRequest | dg.DeleteDynamicPartitionsRequest] = []
-    if changes.added:
-        requests.append(traits_partitions.build_add_request(changes.added))
+    if added := [trait for trait in sorted(reading.results) if trait not in known]:
+        requests.append(traits_partitions.build_add_request(added))
     if changes.deleted:
         requests.append(traits_partitions.build_delete_request(changes.deleted))
-    if not requests and not events:
+    read = {trait: on_disk[trait] for trait in reading.results}
+    cursor = {trait: value for trait, value in {**seen, **read}.items() if trait in on_disk}
+    if not requests and not events and cursor == seen:
         return dg.SkipReason(
-            f"{len(on_disk)} traits, nothing new"
-            + (f"; left out: {', '.join(sorted(found.problems))}" if found.problems else "")
+            f"{len(on_disk) - len(reading.failed)} traits, nothing new"
+            + (f"; left out: {', '.join(sorted(left_out))}" if left_out else "")
         )
-    cursor = dict(on_disk.items())
     return dg.SensorResult(
         dynamic_partitions_requests=requests, asset_events=events, cursor=json.dumps(cursor)
     )
+
+
+def scenario_events(
+    instance: dg.DagsterInstance, workspace: Workspace, reading: Reading
+) -> list[dg.AssetMaterialization]:
+    """What the tick reports of the folders that it read: a materialisation of each, failed checks in its metadata.
+
+    Check results themselves are left to runs: outside a run Dagster takes one per check and partition, ever.
+
+    A folder that a run by hand has read already is known to this instance by that run's own event: telling it twice
+    would send every experiment over it once more.
+    """
+    from trait_assets.stage import result_metadata
+
+    key = dg.AssetKey("scenarios")
+    current = [trait for trait, result in reading.results.items() if result.state != "done"]
+    told = told_at(instance, key, current)
+    events: list[dg.AssetMaterialization] = []
+    for trait, result in reading.results.items():
+        manifest = result.manifest
+        assert manifest is not None
+        if told.get(trait, 0.0) >= datetime.fromisoformat(manifest.created_at).timestamp():
+            continue
+        events.append(
+            dg.AssetMaterialization(
+                asset_key=key,
+                partition=trait,
+                metadata={**result_metadata(workspace, result), "read_by": "the folder sensor"},
+                tags={"dagster/data_version": manifest.fingerprint},
+            )
+        )
+    return events
+
+
+def told_at(instance: dg.DagsterInstance, key: dg.AssetKey, traits: Sequence[str]) -> dict[str, float]:
+    """When this instance last heard of a materialisation of each trait, as a POSIX timestamp."""
+    if not traits:
+        return {}
+    told: dict[str, float] = {}
+    storage_ids = instance.get_latest_storage_id_by_partition(
+        key, dg.DagsterEventType.ASSET_MATERIALIZATION, set(traits)
+    )
+    if not storage_ids:
+        return {}
+    records = instance.fetch_materializations(
+        dg.AssetRecordsFilter(asset_key=key, storage_ids=list(storage_ids.values())), limit=len(storage_ids)
+    ).records
+    for record in records:
+        if record.partition_key is not None:
+            told[record.partition_key] = record.timestamp
+    return told
 
 
 def build_folder_sensor() -> dg.SensorDefinition:
@@ -151,8 +253,8 @@ def build_folder_sensor() -> dg.SensorDefinition:
         evaluation_fn=evaluate_folders,
         minimum_interval_seconds=10,
         default_status=dg.DefaultSensorStatus.RUNNING,
-        description="Adds a partition for each new folder under datasets/traits and reports changed scenarios.",
-        asset_selection=None,
+        description="Reads new and changed folders under datasets/traits and adds their partitions.",
+        required_resource_keys={"store"},
     )
 
 

@@ -87,17 +87,7 @@ def stage_checks(experiment: Experiment | None, stage: str) -> dg.AssetChecksDef
                 if len(traits) > 1:
                     # the op context takes check evaluations; its annotation does not say so
                     log_event: Any = op_context.log_event
-                    log_event(
-                        dg.AssetCheckEvaluation(
-                            asset_key=key,
-                            check_name=name,
-                            passed=record["passed"],
-                            partition=trait,
-                            severity=_severity(record["severity"]),
-                            description=record["description"],
-                            metadata=_finite(record["values"]),
-                        )
-                    )
+                    log_event(check_evaluation(key, trait, record))
                 else:
                     yield dg.AssetCheckResult(
                         asset_key=key,
@@ -119,6 +109,19 @@ def stage_checks(experiment: Experiment | None, stage: str) -> dg.AssetChecksDef
             )
 
     return checks
+
+
+def check_evaluation(key: dg.AssetKey, trait: str, record: dict[str, Any]) -> dg.AssetCheckEvaluation:
+    """One recorded fact about one trait, as an event of its partition."""
+    return dg.AssetCheckEvaluation(
+        asset_key=key,
+        check_name=record["name"],
+        passed=record["passed"],
+        partition=trait,
+        severity=_severity(record["severity"]),
+        description=record["description"],
+        metadata=_finite(record["values"]),
+    )
 
 
 def table_checks(experiment: Experiment, table: str) -> dg.AssetChecksDefinition:

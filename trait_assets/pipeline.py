@@ -142,7 +142,6 @@ class StageContext:
             )
         return manifest
 
-
     def _read_scenarios(self, trait: str) -> None:
         """Bring the stored scenario set up to date with its folder; raises what is wrong with the folder."""
         from trait_assets.scenarios.reading import ScenariosStage

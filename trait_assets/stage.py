@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import dagster as dg
 from pydantic import Field
 
+from storage.manifest import fingerprint
 from trait_assets import pipeline
 from trait_assets.automation import keep_fresh, refresh_table
 from trait_assets.experiments import Experiment, load_experiment
@@ -78,7 +79,7 @@ def make_context(
         models=models,  # type: ignore[arg-type]
         judges=judges,  # type: ignore[arg-type]
         dataset_root=dataset_root(),
-        run_id=context.run_id,
+        run_id=context.run.run_id,
         progress=progress,
         log=context.log,
         force=overrides.force,
@@ -112,9 +113,19 @@ def run_stage(
         raise partial_failure(stage.name, bad, len(traits))
     for result in good:
         context.add_asset_metadata(metadata[result.trait], partition_key=result.trait)
-    if len(good) == 1 and good[0].manifest is not None:
-        return dg.MaterializeResult(data_version=dg.DataVersion(good[0].manifest.fingerprint))
-    return dg.MaterializeResult()
+    return dg.MaterializeResult(data_version=dg.DataVersion(batch_version(good)))
+
+
+def batch_version(results: Sequence[pipeline.TraitResult]) -> str:
+    """One data version for a run's traits, of which Dagster keeps only one: a change in any of them is a change.
+
+    For a single trait the fingerprint itself. Dagster's own guess is the same for every batch without inputs, so that
+    another experiment would never hear of scenarios that a batch has read anew.
+    """
+    fingerprints = {r.trait: r.manifest.fingerprint for r in results if r.manifest is not None}
+    if len(fingerprints) == 1:
+        return next(iter(fingerprints.values()))
+    return fingerprint({str(trait): value for trait, value in sorted(fingerprints.items(), key=str)})
 
 
 def run_table(

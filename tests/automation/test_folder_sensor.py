@@ -6,7 +6,11 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
+from resources.store import StoreResource
+from storage import keys
+from trait_assets import automation, paths
 from trait_assets.automation import build_folder_sensor, folder_changes, traits_in_flight
+from trait_assets.definitions import build_defs
 from trait_assets.partitions import contiguous_ranges, known_traits, register
 
 
@@ -22,6 +26,8 @@ def write_trait(root: Path, trait: str, *, positive: str = "I love this") -> Non
 @pytest.fixture
 def root(tmp_path, monkeypatch) -> Path:
     monkeypatch.setenv("TRAITS_DATASETS", str(tmp_path / "traits"))
+    monkeypatch.setenv("TRAITS_STORE", str(tmp_path / "results"))
+    monkeypatch.setenv("TRAITS_STATE", str(tmp_path / "state"))
     (tmp_path / "traits").mkdir()
     return tmp_path / "traits"
 
@@ -32,9 +38,13 @@ def instance():
         yield instance
 
 
+def store() -> StoreResource:
+    return StoreResource(root=paths.results_root(), duckdb_path=str(paths.lineage_path()))
+
+
 def tick(instance, cursor=None):
     """Evaluate as the daemon does, and carry its requests out."""
-    context = dg.build_sensor_context(instance=instance, cursor=cursor)
+    context = dg.build_sensor_context(instance=instance, cursor=cursor, resources={"store": store()})
     result = build_folder_sensor().evaluate_tick(context)
     for request in result.dynamic_partitions_requests or []:
         if isinstance(request, dg.AddDynamicPartitionsRequest):
@@ -42,28 +52,97 @@ def tick(instance, cursor=None):
         else:
             for key in request.partition_keys:
                 instance.delete_dynamic_partition("traits", key)
+    for event in result.asset_events:
+        instance.report_runless_asset_event(event)
     return result
 
 
-def test_a_new_folder_becomes_a_partition_with_its_content_as_data_version(root, instance):
+def materialisations(result) -> list[str]:
+    return [event.partition for event in result.asset_events if isinstance(event, dg.AssetMaterialization)]
+
+
+def test_a_new_folder_is_read_and_becomes_a_partition(root, instance):
     write_trait(root, "mood/joy")
     result = tick(instance)
     assert known_traits(instance) == ["mood/joy"]
+    workspace = store().open()
+    manifest = workspace.manifests.read(None, "scenarios", "mood/joy")
+    assert len(workspace.store.read_json(keys.scenario_set("mood/joy"))["positives"]) == 12
     (event,) = result.asset_events
     assert event.partition == "mood/joy"
-    assert event.tags["dagster/data_version"] == event.metadata["content_hash"].value
+    assert event.tags["dagster/data_version"] == manifest.fingerprint
+    assert event.metadata["positives"].value == 12
     again = tick(instance, result.cursor)
     assert not again.asset_events
     assert "nothing new" in again.skip_message
 
 
-def test_an_edit_is_reported_for_that_trait_alone(root, instance):
+def test_an_edit_is_read_and_reported_for_that_trait_alone(root, instance):
     write_trait(root, "mood/joy")
     write_trait(root, "mood/calm")
     first = tick(instance)
     write_trait(root, "mood/calm", positive="I rest")
     second = tick(instance, first.cursor)
-    assert [event.partition for event in second.asset_events] == ["mood/calm"]
+    assert materialisations(second) == ["mood/calm"]
+    stored = store().open().store.read_json(keys.scenario_set("mood/calm"))
+    assert stored["positives"][0]["prompt"] == "I rest 0"
+
+
+def test_what_a_run_by_hand_has_read_is_not_told_twice(root, instance):
+    write_trait(root, "mood/joy")
+    write_trait(root, "mood/calm")
+    register(instance, ["mood/calm", "mood/joy"])
+    defs = build_defs(experiments=[], resources={"store": store()})
+    run = defs.resolve_implicit_global_asset_job_def().execute_in_process(
+        instance=instance,
+        tags={
+            "dagster/asset_partition_range_start": "mood/calm",
+            "dagster/asset_partition_range_end": "mood/joy",
+        },
+    )
+    assert run.success
+    first = tick(instance)
+    assert not first.asset_events
+    write_trait(root, "mood/joy", positive="I sing")
+    assert materialisations(tick(instance, first.cursor)) == ["mood/joy"]
+
+
+def test_another_instance_over_the_same_results_is_told(root, instance):
+    write_trait(root, "mood/joy")
+    tick(instance)
+    with dg.DagsterInstance.ephemeral() as fresh:
+        result = tick(fresh)
+    assert materialisations(result) == ["mood/joy"]
+    assert result.asset_events[0].metadata["state"].value == "current"
+
+
+def test_a_file_that_cannot_be_read_is_named_until_it_is_mended(root, instance):
+    write_trait(root, "mood/joy")
+    write_trait(root, "mood/torn")
+    (root / "mood" / "torn" / "positive.txt").write_bytes(b"fine\n\xff\xfe\n")
+    first = tick(instance)
+    assert known_traits(instance) == ["mood/joy"]
+    second = tick(instance, first.cursor)
+    assert "left out: mood/torn" in second.skip_message
+    write_trait(root, "mood/torn")
+    third = tick(instance, first.cursor)
+    assert materialisations(third) == ["mood/torn"]
+    assert known_traits(instance) == ["mood/joy", "mood/torn"]
+
+
+def test_many_new_folders_are_read_over_several_ticks(root, instance, monkeypatch):
+    for name in ("a", "b", "c"):
+        write_trait(root, f"mood/{name}")
+    monkeypatch.setattr(automation, "READ_SECONDS", 0.0)
+    seen = []
+    cursor = None
+    for _ in range(3):
+        result = tick(instance, cursor)
+        cursor = result.cursor
+        seen.append(materialisations(result))
+    assert [trait for traits in seen for trait in traits] == ["mood/a", "mood/b", "mood/c"]
+    assert known_traits(instance) == ["mood/a", "mood/b", "mood/c"]
+    assert "nothing new" in tick(instance, cursor).skip_message
 
 
 def test_a_broken_folder_stops_no_other(root, instance):
