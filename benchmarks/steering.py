@@ -4,7 +4,7 @@ One trait on the embedded small model with the local judge: candidates = layers 
 
 - search: the coarse ladder for all candidates in one batch per rung, hopeless ones dropped, brackets bisected.
 - loop: one `model.generate` of transformers per configuration (all 8 questions in one padded batch, a hook that
-  adds the vector), over a fixed grid of doses as fine as the search's last bracket.
+  adds the vector), over a fixed grid of doses as fine as the search's last bracket and as wide as the search's range.
 
 Both judge every answer with the same judge, and both are timed with judging. The best effect is the largest mean
 change among coherent settings on the same questions. With `--timed N` the loop runs N configurations drawn at
@@ -33,7 +33,7 @@ from resources.models.rows import CaptureRow, GenerationOptions
 from trait_assets.activations.dataset import ActivationSet
 from trait_assets.judging import trait_context
 from trait_assets.scenarios.dataset import ScenarioSet, load_trait
-from trait_assets.steering.dose_search import Candidate, SearchOptions, search
+from trait_assets.steering.dose_search import BEYOND_LADDER, Candidate, SearchOptions, search
 from trait_assets.steering.questions import read_questions
 from trait_assets.steering.scoring import BASELINE, Request, Scorer, Task
 from trait_assets.vectors.fit import fit_vectors
@@ -43,8 +43,9 @@ TRAITS = Path(__file__).parents[1] / "datasets" / "traits"
 QUESTIONS, TOKENS = 8, 48
 METHODS = ("mean_diff", "probe", "gradient")
 LADDER = (0.06, 0.12, 0.18, 0.26)
-# two bisections of the ladder's steps of 0.06 to 0.08 end at brackets of 0.015 to 0.02
-GRID = tuple(round(float(d), 2) for d in np.arange(0.06, 0.2601, 0.02))
+# as fine and as wide as the search: two bisections of the ladder's steps of 0.06 to 0.08 end at brackets of 0.015
+# to 0.02, and what is still coherent at the top of the ladder is driven up to twice that dose
+GRID = tuple(round(float(d), 2) for d in np.arange(0.06, BEYOND_LADDER * LADDER[-1] + 0.001, 0.02))
 COHERENT = 70.0
 
 
