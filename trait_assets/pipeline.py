@@ -142,6 +142,31 @@ class StageContext:
             )
         return manifest
 
+    def finished(self, stage: str) -> tuple[dict[str, Manifest], list[str]]:
+        """Trait → manifest of every trait of the experiment that `stage` is done for, and what cannot be read.
+
+        What a table over all traits is made from: a damaged artifact is named there instead of spoiling the table.
+        """
+        found, problems = {}, []
+        for key in self.workspace.manifests.keys(self.experiment.name):
+            if f"/manifests/{stage}/" not in key:
+                continue
+            try:
+                manifest = self.workspace.manifests.read_key(key)
+                if manifest is None or manifest.trait is None or manifest.status != "done":
+                    continue
+                if not self.experiment.covers(manifest.trait):
+                    continue
+                damage = self.workspace.manifests.verify(manifest)
+            except ArtifactError as error:
+                problems.append(str(error))
+                continue
+            if damage:
+                problems.append(f"{manifest.trait}: {damage[0]}")
+            else:
+                found[manifest.trait] = manifest
+        return found, problems
+
     def _read_scenarios(self, trait: str) -> None:
         """Bring the stored scenario set up to date with its folder; raises what is wrong with the folder."""
         from trait_assets.scenarios.reading import ScenariosStage

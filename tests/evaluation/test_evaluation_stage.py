@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -276,6 +277,20 @@ def test_traits_of_different_spaces_stand_side_by_side(synthetic: ModuleType, tm
     assert table["cross_auc"]["matrix"][one][elsewhere] is None
     assert table["cross_auc"]["matrix"][one][one] is not None
     assert result.state == "done"
+
+
+def test_patterns_of_traits_decide_who_is_in_the_table(synthetic: ModuleType, tmp_path: Path) -> None:
+    lab = synthetic.lab(tmp_path, methods=["mean_diff"])
+    for seed, trait in enumerate(("my/one", "my/two", "tone/dry", "tone/wet")):
+        lab.put(trait, *train_and_val(synthetic, 10, 4, seed=seed))
+    evaluate(lab, "my/one", "my/two", "tone/dry", "tone/wet")
+    narrowed = dataclasses.replace(
+        lab.context, experiment=lab.context.experiment.with_overrides({"traits": ["my/*", "tone/wet"]})
+    )
+    (result,) = run(ExtractionEvaluationStage(), narrowed, [None])
+    assert result.state == "done", result.detail
+    rows = lab.workspace.store.read_json(TABLE)["traits"]
+    assert [row["trait"] for row in rows] == ["my/one", "my/two", "tone/wet"]
 
 
 def test_a_damaged_evaluation_is_named_and_does_not_stop_the_table(

@@ -156,6 +156,12 @@ def test_summary_over_traits(finished: Any) -> None:
     assert table.manifest.inputs == {TRAIT: result.manifest.fingerprint}
     (again,) = pipeline.run(SteeringSummaryStage(), ctx, [None])
     assert again.state == "current"
+    # a pattern that covers the trait covers it here too
+    covered = {"traits": [TRAIT.split("/")[0] + "/*"]}
+    patterned = dataclasses.replace(ctx, experiment=ctx.experiment.with_overrides(covered))
+    (same,) = pipeline.run(SteeringSummaryStage(), patterned, [None])
+    assert same.manifest is not None
+    assert same.manifest.inputs == table.manifest.inputs
 
 
 def test_nothing_is_generated_twice(finished: Any) -> None:

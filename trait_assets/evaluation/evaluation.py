@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from storage import keys
-from storage.errors import ArtifactError, UserError
+from storage.errors import UserError
 from trait_assets.activations.dataset import activation_sites
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 
@@ -383,23 +383,7 @@ class ExtractionEvaluationStage:
     shared = False
 
     def plan(self, ctx: StageContext, trait: str | None) -> Plan:
-        wanted = set(ctx.experiment.traits or [])
-        found, problems = {}, []
-        for key in ctx.workspace.manifests.keys(ctx.experiment.name):
-            if f"/manifests/{VectorEvaluationStage.name}/" not in key:
-                continue
-            try:
-                manifest = ctx.workspace.manifests.read_key(key)
-                if manifest is None or manifest.status != "done" or (wanted and manifest.trait not in wanted):
-                    continue
-                damage = ctx.workspace.manifests.verify(manifest)
-            except ArtifactError as error:
-                problems.append(str(error))
-                continue
-            if damage:
-                problems.append(f"{manifest.trait}: {damage[0]}")
-            else:
-                found[str(manifest.trait)] = manifest
+        found, problems = ctx.finished(VectorEvaluationStage.name)
         if not found:
             raise UserError(
                 f"no trait of {ctx.experiment.name} is evaluated yet"

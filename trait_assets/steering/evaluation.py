@@ -16,7 +16,7 @@ from resources.models.layers import parse_layers
 from resources.models.positions import Position
 from resources.models.rows import CaptureRow, GenerationOptions, GenerationRow
 from storage import keys
-from storage.errors import ArtifactError, UserError
+from storage.errors import UserError
 from storage.manifest import Manifest, fingerprint
 from trait_assets.judging import judge_name, trait_context
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
@@ -495,23 +495,7 @@ class SteeringSummaryStage:
     shared = False
 
     def plan(self, ctx: StageContext, trait: str | None) -> Plan:
-        wanted = set(ctx.experiment.traits or [])
-        found, problems = {}, []
-        for key in ctx.workspace.manifests.keys(ctx.experiment.name):
-            if f"/manifests/{SteeringStage.name}/" not in key:
-                continue
-            try:
-                manifest = ctx.workspace.manifests.read_key(key)
-                if manifest is None or manifest.status != "done" or (wanted and manifest.trait not in wanted):
-                    continue
-                damage = ctx.workspace.manifests.verify(manifest)
-            except ArtifactError as error:
-                problems.append(str(error))
-                continue
-            if damage:
-                problems.append(f"{manifest.trait}: {damage[0]}")
-            else:
-                found[str(manifest.trait)] = manifest
+        found, problems = ctx.finished(SteeringStage.name)
         if not found:
             if not ctx.experiment.steering:
                 return Plan(None, {}, {}, skipped="steering is switched off")
