@@ -158,7 +158,7 @@ def test_summary_over_traits(finished: Any) -> None:
     assert again.state == "current"
     # a pattern that covers the trait covers it here too
     covered = {"traits": [TRAIT.split("/")[0] + "/*"]}
-    patterned = dataclasses.replace(ctx, experiment=ctx.experiment.with_overrides(covered))
+    patterned = replace(ctx, experiment=ctx.experiment.with_overrides(covered))
     (same,) = pipeline.run(SteeringSummaryStage(), patterned, [None])
     assert same.manifest is not None
     assert same.manifest.inputs == table.manifest.inputs
