@@ -109,6 +109,19 @@ class SteeringOptions(_Options):
         return self
 
 
+class RunResources(_Options):
+    """What one run asks of a cluster, under `run_resources:` in the config. No number depends on it; on one machine it is
+    not read."""
+
+    gpus: int = Field(
+        1,
+        ge=0,
+        description="GPUs of a run that holds a model; 0 on a cluster without. Other runs ask for none.",
+    )
+    cpus: float | None = Field(None, gt=0, description="CPU cores of a run; default the launcher's.")
+    memory_gb: float | None = Field(None, gt=0, description="Memory of a run, GiB; default the launcher's.")
+
+
 class Experiment(_Options):
     """Everything an experiment can be told; defaults are those of the specification."""
 
@@ -177,6 +190,7 @@ class Experiment(_Options):
     )
     seed: int = 0
     steer: SteeringOptions = Field(default_factory=SteeringOptions)
+    run_resources: RunResources = Field(default_factory=RunResources)
 
     @model_validator(mode="after")
     def _consistent(self) -> Experiment:
@@ -266,14 +280,14 @@ def parse_experiment(name: str, values: Mapping[str, Any], *, where: str) -> Exp
         if key not in Experiment.model_fields or key == "name":
             known = [f for f in Experiment.model_fields if f != "name"]
             raise UserError(f"unknown option `{key}`", where=where, remedy=_nearest(str(key), known))
-    steer = values.get("steer")
-    if isinstance(steer, Mapping):
-        for key in steer:
-            if key not in SteeringOptions.model_fields:
+    for group, options in (("steer", SteeringOptions), ("run_resources", RunResources)):
+        given = values.get(group)
+        for key in given if isinstance(given, Mapping) else ():
+            if key not in options.model_fields:
                 raise UserError(
-                    f"unknown option `steer.{key}`",
+                    f"unknown option `{group}.{key}`",
                     where=where,
-                    remedy=_nearest(str(key), list(SteeringOptions.model_fields)),
+                    remedy=_nearest(str(key), list(options.model_fields)),
                 )
     try:
         experiment = Experiment(name=name, **dict(values))

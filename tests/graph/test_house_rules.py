@@ -44,6 +44,7 @@ def may_import_dagster(path: Path) -> bool:
                 "partitions.py",
                 "checks.py",
                 "launch.py",
+                "coordinator.py",
                 "cli.py",
             }
         )
