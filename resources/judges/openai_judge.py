@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from resources.judges.client import Answer, ChatClient, ClientSettings, GaveUp, Ledger, Mode
+from resources.api_client import GaveUp, GroupWriter, Ledger
+from resources.judges.client import Answer, ChatClient, ClientSettings, Mode
 from resources.judges.protocol import Abstention, CacheFor, JudgeItem, Judgement, RowCacheLike, Score
 from resources.judges.rubric import OFF_TOPIC_CAP, ON_TOPIC, VERSIONS, Rendered, render, render_on_topic
 from resources.judges.scoring import MIN_MASS, SCORING_VERSION, Reading, read_logprobs, read_text
@@ -368,7 +369,7 @@ class _Worker(threading.Thread):
             return
         judge = self._judge
         self._client = ChatClient(judge.settings, judge._api_key, judge._spent)
-        self._writer = _Writer()
+        self._writer = GroupWriter()
         self._flights: dict[str, asyncio.Future[Answer]] = {}
         failures: list[BaseException] = []
         room = asyncio.Semaphore(WINDOW * judge.settings.max_concurrency)
@@ -441,36 +442,3 @@ class _Worker(threading.Thread):
             del self._flights[ask.key]
         flight.set_result(answer)
         return answer
-
-
-class _Writer:
-    """Group commit: whatever arrived while the last write was under way is written together."""
-
-    def __init__(self) -> None:
-        self._pending: list[tuple[RowCacheLike, str, dict[str, Any], asyncio.Future[None]]] = []
-        self._task: asyncio.Task[None] | None = None
-
-    async def put(self, cache: RowCacheLike, key: str, row: dict[str, Any]) -> None:
-        """Returns when the row survives a kill."""
-        written: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._pending.append((cache, key, row, written))
-        if self._task is None or self._task.done():
-            self._task = asyncio.create_task(self._write())
-        await written
-
-    async def _write(self) -> None:
-        while self._pending:
-            batch, self._pending = self._pending, []
-            caches = {id(cache): cache for cache, *_ in batch}
-            for name, cache in caches.items():
-                mine = [entry for entry in batch if id(entry[0]) == name]
-                try:
-                    await asyncio.to_thread(cache.put_many, {key: row for _, key, row, _ in mine})
-                except Exception as error:
-                    for *_, written in mine:
-                        if not written.done():
-                            written.set_exception(error)
-                else:
-                    for *_, written in mine:
-                        if not written.done():
-                            written.set_result(None)

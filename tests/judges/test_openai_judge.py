@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from resources.judges.client import Abilities, ClientSettings, _Gate, classify, retry_after
+from resources.api_client import _Gate, retry_after
+from resources.judges.client import Abilities, ClientSettings, classify
 from resources.judges.openai_judge import OpenAIJudge, OpenAISettings, openai_identity
 from resources.judges.protocol import Abstention, JudgeItem, Judgement, Score, TraitContext
 from resources.judges.resource import JudgeResource
