@@ -66,6 +66,7 @@ class ProvenVector:
 
     def __str__(self) -> str:
         from rich.console import Console
+        from rich.text import Text
 
         from storage import show
 
@@ -74,7 +75,12 @@ class ProvenVector:
         head = (
             f"{v.trait}: {v.method}, layer {v.layer}, {v.position}, {v.component}; chosen by {self.chosen_by}"
         )
-        Console(file=out, width=120, color_system=None).print(head, show.tree(self.provenance))
+        tokens = [
+            f"averaged over {sample['n_tokens']} tokens of {sample['row']}: {sample['tokens'][:12]}"
+            for sample in v.metadata.get("sample_tokens", [])
+        ]
+        console = Console(file=out, width=120, color_system=None)
+        console.print(*map(Text, (head, *tokens)), show.tree(self.provenance), sep="\n")
         return out.getvalue().rstrip()
 
 

@@ -95,11 +95,8 @@ class LanguageModel:
 
     def preview(self, row: CaptureRow, position: str) -> list[str]:
         """The strings of the tokens that a position selects of this row."""
-        return preview(
-            parse_position(position),
-            self.prompts.token_strings(row.prompt_ids),
-            self.prompts.token_strings(row.response_ids),
-        )
+        ids = preview(parse_position(position), row.prompt_ids, row.response_ids)
+        return self.prompts.token_strings(ids)
 
     def generate(
         self,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, cast
+from typing import Literal, TypeVar, cast
 
 from storage.errors import UserError
 
@@ -20,6 +20,7 @@ FRAMES: tuple[Frame, ...] = ("prompt", "response", "all")
 # the short names that prefill-only experiments use
 TOKEN_POSITIONS: dict[str, str] = {"last": "prompt[-1]", "first": "prompt[0]", "mean": "prompt[:]"}
 
+_T = TypeVar("_T")
 _INTEGER = re.compile(r"-?[0-9]+")
 _GRAMMAR = "Write prompt, response or all with an index or slice: response[:], response[:5], prompt[-1]."
 
@@ -126,8 +127,8 @@ def parse_position(text: str) -> Position:
     return Position.parse(TOKEN_POSITIONS.get(text, text))
 
 
-def preview(position: Position, prompt: Sequence[str], response: Sequence[str]) -> list[str]:
-    """The token strings that a position selects of one row, given the strings of its tokens."""
+def preview(position: Position, prompt: Sequence[_T], response: Sequence[_T]) -> list[_T]:
+    """What a position selects of one row, given its tokens: their ids or their strings."""
     span = position.select(len(prompt), len(response))
     return [] if span is None else [*prompt, *response][span[0] : span[1]]
 

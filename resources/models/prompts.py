@@ -34,6 +34,7 @@ class PromptEncoder:
         bare = list(tokenizer("a", add_special_tokens=False)["input_ids"])
         self.adds_bos = self.bos is not None and plain[:1] == [self.bos] and bare[:1] != [self.bos]
         self._takes_system: bool | None = None
+        self._strings: dict[int, str] = {}
         self._anchor = [int(token) for token in bare]
         self._anchor_text = self._decode(self._anchor)
 
@@ -120,7 +121,11 @@ class PromptEncoder:
         return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
-        return [str(self.tokenizer.decode([token], clean_up_tokenization_spaces=False)) for token in ids]
+        for token in ids:
+            if token not in self._strings:
+                text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
+                self._strings[token] = str(text)
+        return [self._strings[token] for token in ids]
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool = True) -> str:
         rendered = str(

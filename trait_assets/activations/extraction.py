@@ -17,6 +17,15 @@ from resources.models.rows import CaptureRow
 from storage import keys
 from storage.errors import ArtifactError, UserError
 from storage.manifest import fingerprint
+from trait_assets.activations.tokens import (
+    join_strings,
+    pack_strings,
+    sample_rows,
+    sample_table,
+    stored_strings,
+    token_name,
+    token_sample,
+)
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import POLARITIES, read_scenario_set, subset
 
@@ -54,7 +63,8 @@ class ActivationsStage:
     """`activations/{position}/{component}/{train,val}_all_layers.safetensors`: [n, n_layers, width] float32."""
 
     name = "activations"
-    code_version = "1"
+    # 2: the strings of the tokens that were averaged are kept
+    code_version = "2"
     shared = False
 
     def plan(self, ctx: StageContext, trait: str) -> Plan:
@@ -215,6 +225,7 @@ class ActivationsStage:
                 prompt = model.encode(row.text, row.system, chat=not base).ids
             rows.append(CaptureRow(key, prompt, row.response_ids))
         positions, components = options["positions"], options["components"]
+        by_key = {row.key: row for row in rows}
         tokens = {row.key: len(row.prompt_ids) + len(row.response_ids) for row in rows}
         with ctx.progress.task(f"activations · {len(rows)} rows", len(rows)) as task:
             for captured in model.capture(rows, positions, components, layers):
@@ -225,6 +236,8 @@ class ActivationsStage:
                 }
                 tensors["n_layers"] = np.asarray([model.n_layers], dtype=np.int64)
                 for position in positions:
+                    strings = model.preview(by_key[captured.key], position)
+                    tensors[token_name(position)] = pack_strings(strings)
                     for component in components:
                         name = f"{position}|{component}"
                         # an empty position is kept as such, so that the row is not captured again to find out
@@ -254,6 +267,8 @@ class ActivationsStage:
                 rows[row_key]["norms"] = tensors["row_norms"][i]
                 rows[row_key]["layers"] = tensors["layers"]
                 rows[row_key]["n_layers"] = tensors["n_layers"]
+            for row_key, packed in stored_strings(tensors, header["row_keys"]).items():
+                rows[row_key][token_name(header["position"])] = packed
         return dict(rows)
 
     def _finish(
@@ -276,7 +291,7 @@ class ActivationsStage:
 
 def _tensor_names(options: dict[str, Any]) -> set[str]:
     sites = {f"{p}|{c}" for p in options["positions"] for c in options["components"]}
-    return sites | {"norms", "layers", "n_layers"}
+    return sites | {"norms", "layers", "n_layers"} | {token_name(p) for p in options["positions"]}
 
 
 def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[str, np.ndarray]]) -> Outcome:
@@ -303,6 +318,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
     table: list[dict[str, Any]] = []
     metrics: list[dict[str, Any]] = []
     checks: list[Check] = []
+    samples: dict[str, list[dict[str, Any]]] = {}
     layers = [int(layer) for layer in captured[rows[0].key]["layers"]]
     n_layers = int(captured[rows[0].key]["n_layers"][0])
     norms = np.stack([captured[row.key]["norms"] for row in rows])
@@ -343,6 +359,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                         "row_norms": np.stack([captured[row.key]["norms"] for row in chosen]),
                         "layers": np.asarray(layers, dtype=np.int64),
                         "n_layers": np.asarray([n_layers], dtype=np.int64),
+                        **join_strings([captured[row.key][token_name(position)] for row in chosen]),
                     },
                     {
                         "position": position,
@@ -354,6 +371,11 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                 )
             train = np.stack([captured[row.key][site] for row in parts["train"]])
             constant = [layers[i] for i in range(len(layers)) if float(train[:, i].std(axis=0).max()) == 0.0]
+            sample = [
+                token_sample(name_of[row.key], row.line, captured[row.key][token_name(position)])
+                for row in sample_rows(parts["train"])
+            ]
+            samples[position] = sample
             files[f"{base}/metadata.json"] = {
                 "trait": trait,
                 "model": plan.options["model"],
@@ -384,6 +406,7 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
                 "dtype": "float32",
                 "hook_site": component,
                 "layer_convention": LAYER_CONVENTION,
+                "sample_tokens": sample,
                 "excluded": excluded,
                 "left_out_before": plan.payload.left_out,
                 "val_split": e.val_split,
@@ -429,6 +452,5 @@ def build_activations(ctx: StageContext, plan: Plan, captured: dict[str, dict[st
         else None,
         "notes": "; ".join([*plan.payload.notes, *split.notes]) or None,
     }
-    return Outcome(
-        trait, files=files, summary=summary, metrics=metrics, tables={"sites": table}, checks=checks
-    )
+    tables = {"sites": table, "averaged_tokens": sample_table(samples)}
+    return Outcome(trait, files=files, summary=summary, metrics=metrics, tables=tables, checks=checks)

@@ -16,7 +16,8 @@ class VectorsStage:
     """`vectors/{position}/{component}/{method}/`: vectors.safetensors with all layers, and metadata.json."""
 
     name = "vectors"
-    code_version = "1"
+    # 2: the metadata shows which tokens were averaged
+    code_version = "2"
     shared = False
 
     def plan(self, ctx: StageContext, trait: str) -> Plan:
@@ -41,6 +42,7 @@ class VectorsStage:
 
     def _fit(self, ctx: StageContext, plan: Plan) -> Outcome:
         from trait_assets.activations.dataset import load_activations
+        from trait_assets.activations.tokens import sample_table
         from trait_assets.vectors.fit import fit_vectors
         from trait_assets.vectors.vector import vector_folder
 
@@ -48,6 +50,7 @@ class VectorsStage:
         assert trait is not None
         outcome = Outcome(trait)
         table: list[dict[str, Any]] = []
+        samples: dict[str, list[dict[str, Any]]] = {}
         left_out: set[str] = set()
         unconverged: list[str] = []
         for position, component in activation_sites(plan.payload.options):
@@ -55,9 +58,10 @@ class VectorsStage:
                 ctx.workspace, ctx.experiment.name, trait, position, component, "train"
             )
             source = activations.metadata
+            samples[position] = source.get("sample_tokens", [])
             metadata: dict[str, Any] = {
                 key: source.get(key)
-                for key in ("model", "dtype", "hook_site", "layer_convention")
+                for key in ("model", "dtype", "hook_site", "layer_convention", "sample_tokens")
                 if key in source
             }
             metadata |= {
@@ -100,6 +104,7 @@ class VectorsStage:
                     }
                 )
         outcome.tables["vectors"] = table
+        outcome.tables["averaged_tokens"] = sample_table(samples)
         outcome.summary = {
             "methods": ", ".join(methods),
             "files": len(table),
