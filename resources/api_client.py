@@ -16,11 +16,13 @@ import itertools
 import json
 import logging
 import math
+import queue
 import random
 import re
+import threading
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
 from urllib.parse import urlsplit
 
@@ -31,9 +33,17 @@ log = logging.getLogger(__name__)
 BACKOFF_BASE_S = 0.5
 BACKOFF_CAP_S = 30.0
 UNREACHABLE_AFTER = 5
+# before anything was answered: so many requests refused for no known reason are a fault of the options
+REFUSED_AFTER = 3
 DEAD_AFTER = 20
+# shorter "keys" ("none", "EMPTY") are no secret, and words of ordinary messages besides
+SHORTEST_SECRET = 8
 
 A = TypeVar("A")
+I = TypeVar("I")  # noqa: E741 — an item
+R = TypeVar("R")
+ItemIn = TypeVar("ItemIn", contravariant=True)
+ResultOut = TypeVar("ResultOut", covariant=True)
 
 
 @dataclass(frozen=True)
@@ -76,8 +86,10 @@ def check_address(url: str, *, where: str, key: str) -> None:
     """UserError for what is no http(s) address, and for one that carries a secret."""
     parts = urlsplit(url)
     if parts.scheme not in ("http", "https") or not parts.hostname:
+        # an address without a scheme may still carry a password
+        shown = url.rsplit("@", 1)[-1]
         raise UserError(
-            f"{parts.hostname or url!r} is no http(s) address",
+            f"{shown!r} is no http(s) address",
             where=where,
             remedy="give e.g. http://localhost:8000/v1",
         )
@@ -87,6 +99,23 @@ def check_address(url: str, *, where: str, key: str) -> None:
             where=where,
             remedy=f"give the address alone, and the key as {key}",
         )
+
+
+def check_key(key: str | None, name: str) -> str | None:
+    """The key without blanks around it, None for an empty one. `name`: the variable it comes from.
+
+    UserError for characters that no HTTP header carries: the libraries below would show the whole key in
+    their own message.
+    """
+    key = (key or "").strip()
+    for position, character in enumerate(key, 1):
+        if not "!" <= character <= "~":
+            raise UserError(
+                f"character {position} of {len(key)} belongs in no key",
+                where=name,
+                remedy="copy the key again, without line breaks, blanks or typographic characters",
+            )
+    return key or None
 
 
 class GaveUp(Exception):
@@ -100,7 +129,8 @@ class GaveUp(Exception):
 
 @dataclass
 class Ledger:
-    """What was spent in this process on one model of one server."""
+    """What was spent in this process on one model of one server, and the pace at which it is asked: clients
+    come and go, their budget and their rate stay. Threads share it."""
 
     requests: int = 0
     calls: int = 0
@@ -108,12 +138,44 @@ class Ledger:
     completion_tokens: int = 0
     retries: int = 0
     in_flight: int = 0
-    reserved_tokens: int = 0
+    reserved_prompt: int = 0
+    reserved_completion: int = 0
+    pace: _Pace = field(default_factory=lambda: _Pace(), repr=False, compare=False)
+    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False, compare=False)
 
     def cost(self, price: tuple[float, float] | None) -> float:
         if price is None:
             return 0.0
         return (self.prompt_tokens * price[0] + self.completion_tokens * price[1]) / 1e6
+
+    def add(self, **amounts: int) -> None:
+        with self._lock:
+            for name, amount in amounts.items():
+                setattr(self, name, getattr(self, name) + amount)
+
+    def enter(self, settings: ServerSettings, prompt: int, completion: int) -> str | None:
+        """Set tokens aside for one request; None, or the limit that has no room for it."""
+        price, most_usd = settings.price(), settings.cost_limit()
+        with self._lock:
+            tokens = self.prompt_tokens + self.reserved_prompt + prompt
+            tokens += self.completion_tokens + self.reserved_completion + completion
+            if settings.max_calls and self.calls + self.in_flight + 1 > settings.max_calls:
+                return f"max_calls {settings.max_calls}"
+            if settings.max_tokens and tokens > settings.max_tokens:
+                return f"max_tokens {settings.max_tokens}"
+            if most_usd and price is not None:
+                planned = (self.reserved_prompt + prompt) * price[0]
+                planned += (self.reserved_completion + completion) * price[1]
+                if self.cost(price) + planned / 1e6 > most_usd:
+                    return f"max_cost_usd {most_usd:g}"
+            self.in_flight += 1
+            self.reserved_prompt += prompt
+            self.reserved_completion += completion
+            return None
+
+    def leave(self, prompt: int, completion: int) -> None:
+        """Give back what `enter` set aside."""
+        self.add(in_flight=-1, reserved_prompt=-prompt, reserved_completion=-completion)
 
 
 @dataclass(frozen=True)
@@ -146,11 +208,16 @@ def classify(status: int, body: Any, who: Who, params: tuple[str, ...] = ()) -> 
     param = str(error.get("param") or "")
     lowered = f"{code} {message}".lower()
     if status == 429:
+        if "retrydelay" in json.dumps(error.get("details"), default=str).lower():
+            # Google says "you exceeded your current quota" of its limits per minute, too
+            return Verdict("rate", message)
         if "insufficient_quota" in code or "billing" in code or "exceeded your current quota" in lowered:
             return Verdict(
                 "fatal", message, remedy=f"check the plan and billing of the account at {who.server}"
             )
         return Verdict("rate", message)
+    if status == 403 and re.search(r"moderation|flagged", lowered):
+        return Verdict("content_filter", message)
     if status in (401, 403):
         return Verdict("fatal", message or f"HTTP {status}", remedy=f"check {who.key}")
     if status == 402:
@@ -167,7 +234,7 @@ def classify(status: int, body: Any, who: Who, params: tuple[str, ...] = ()) -> 
     if (
         "context_length" in lowered
         or "maximum context" in lowered
-        or "context window" in lowered
+        or re.search(r"context (?:window|size)|maximum model length|exceed_context", lowered)
         or status == 413
     ):
         return Verdict("too_long", message)
@@ -185,7 +252,8 @@ def classify(status: int, body: Any, who: Who, params: tuple[str, ...] = ()) -> 
 
 
 def retry_after(headers: Mapping[str, str]) -> float | None:
-    """Seconds that the server asks to wait: retry-after-ms, or Retry-After as seconds or as an HTTP date."""
+    """Seconds that the server asks to wait: retry-after-ms, or Retry-After as seconds or as an HTTP date;
+    a date is read by the server's own clock where the response says what that shows."""
     for name, unit in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         value = headers.get(name)
         if value is None:
@@ -194,34 +262,46 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
             seconds = float(value) / unit
         except ValueError:
             try:
-                seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
+                until = email.utils.parsedate_to_datetime(value).timestamp()
             except (TypeError, ValueError):
                 continue
+            seconds = until - _date(headers)
         if math.isfinite(seconds):
             return max(0.0, seconds)
     return None
 
 
+def _date(headers: Mapping[str, str]) -> float:
+    try:
+        return email.utils.parsedate_to_datetime(headers.get("date", "")).timestamp()
+    except (TypeError, ValueError):
+        return time.time()
+
+
 class _Pace:
-    """A token bucket: `per_minute` requests, evenly spaced while there is work; a second's worth that was not
-    used may be made up for. A pause holds everybody back."""
+    """A token bucket: requests evenly spaced while there is work; a second's worth that was not used may be
+    made up for. A pause holds everybody back. Threads share it."""
 
     BURST_S = 1.0
 
-    def __init__(self, per_minute: int) -> None:
-        self._gap = 60.0 / per_minute if per_minute else 0.0
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._next: float | None = None
         self._pause_until = 0.0
 
     def pause(self, seconds: float) -> None:
-        self._pause_until = max(self._pause_until, time.monotonic() + seconds)
+        with self._lock:
+            self._pause_until = max(self._pause_until, time.monotonic() + seconds)
 
-    async def turn(self) -> None:
-        now = time.monotonic()
-        # the bucket starts empty: a first second at double rate would be above the limit
-        due = now if self._next is None else max(self._next, now - self.BURST_S)
-        at = max(now, due, self._pause_until)
-        self._next = max(due, self._pause_until) + self._gap
+    async def turn(self, per_minute: int) -> None:
+        """Wait until one more request fits into `per_minute` (0: no limit)."""
+        gap = 60.0 / per_minute if per_minute else 0.0
+        with self._lock:
+            now = time.monotonic()
+            # the bucket starts empty: a first second at double rate would be above the limit
+            due = now if self._next is None else max(self._next, now - self.BURST_S)
+            at = max(now, due, self._pause_until)
+            self._next = max(due, self._pause_until) + gap
         while now < max(at, self._pause_until):
             await asyncio.sleep(max(at, self._pause_until) - now)
             now = time.monotonic()
@@ -276,8 +356,9 @@ class Again(Exception):
 
 def _delay(after: float | None, attempt: int) -> float:
     """Seconds to wait before try number `attempt` + 1: what the server asked for plus a tenth of jitter, or
-    full jitter over an exponentially growing window (Brooker, "Exponential Backoff and Jitter", AWS 2015)."""
-    if after is not None:
+    full jitter over an exponentially growing window (Brooker, "Exponential Backoff and Jitter", AWS 2015).
+    The latter also for a server that asks for no wait at all: it must not be hammered."""
+    if after:
         return after + random.uniform(0, 0.1 * after + 0.05)
     return random.uniform(0, min(BACKOFF_CAP_S, BACKOFF_BASE_S * 2 ** max(0, attempt - 1)))
 
@@ -292,8 +373,8 @@ class Learnt(Protocol):
 
 class ApiClient(Generic[A]):
     """Lives inside one event loop. `ask_for` either returns an answer, raises GaveUp for this request, or
-    raises UserError for all (key, quota, model, budget, unreachable server); after that every further one
-    raises it too.
+    raises UserError for all (key, quota, model, budget, unreachable server); after that, and after `abort`,
+    every further one raises it too.
 
     A subclass says how a request is sent (`_post`), what an answer is (`_parse`, `_usage`) and what it can do
     about an error (`_adapt`, `_filtered`).
@@ -313,7 +394,7 @@ class ApiClient(Generic[A]):
         self.settings = settings
         self.who = who
         self.learnt = learnt
-        self._key = api_key
+        self._key = check_key(api_key, who.key)
         # budgets hold for the process, `spent` is what this client's owner wants to know
         self.ledger = ledger
         self._books = (self.ledger, spent if spent is not None else Ledger())
@@ -321,10 +402,10 @@ class ApiClient(Generic[A]):
         self._slots = asyncio.Semaphore(settings.max_concurrency)
         self._tickets = itertools.count()
         self._returned = asyncio.Condition()
-        self._pace = _Pace(settings.requests_per_minute)
-        self._fatal: UserError | None = None
+        self._fatal: BaseException | None = None
         self._stopped = asyncio.Event()
         self._unreachable = 0
+        self._refused = 0
         self._gave_up_in_a_row = 0
         self._limited_in_a_row = 0
         self._client: Any = None
@@ -332,6 +413,12 @@ class ApiClient(Generic[A]):
     async def close(self) -> None:
         if self._client is not None:
             await self._client.close()
+
+    def abort(self, error: BaseException) -> None:
+        """Ask nothing more: an answer that cannot be kept is money thrown away."""
+        if self._fatal is None:
+            self._fatal = error
+            self._stopped.set()
 
     # what a subclass decides
 
@@ -348,8 +435,12 @@ class ApiClient(Generic[A]):
         raise NotImplementedError
 
     def _estimate(self, request: dict[str, Any]) -> int:
-        """Tokens that the request may cost, for the budget."""
+        """Tokens of the prompt, for the budget."""
         raise NotImplementedError
+
+    def _limit(self, request: dict[str, Any]) -> int:
+        """The most tokens that the answer may take, for the budget."""
+        return 0
 
     def _accept(self, answer: A) -> None:
         """Look at a paid answer before it counts; may raise `Again`."""
@@ -367,7 +458,7 @@ class ApiClient(Generic[A]):
     async def ask_for(self, prepare: Callable[[], dict[str, Any]], keep: Callable[[A], Awaitable[None]]) -> A:
         """`prepare` gives the request, anew for every try; `keep` stores the answer and is awaited while the
         request still counts as in flight, so that a kill loses at most `max_concurrency` answers."""
-        started = time.monotonic()
+        turned_away: float | None = None
         ticket = next(self._tickets)
         faults = 0
         waits = 0
@@ -379,17 +470,20 @@ class ApiClient(Generic[A]):
                 last = again.reason
                 if again.kind == "adapted":
                     continue
+                if turned_away is None:
+                    # the time that it waited in our own queue is none of the server's
+                    turned_away = time.monotonic()
                 if again.kind == "rate":
                     waits += 1
                 else:
                     faults += 1
                 delay = _delay(again.after, waits if again.kind == "rate" else faults)
-                too_late = time.monotonic() - started + delay > self.settings.max_wait_s
+                too_late = time.monotonic() - turned_away + delay > self.settings.max_wait_s
                 if faults >= self.settings.max_attempts or too_late:
                     self._count_gave_up(last, again.detail)
                     raise GaveUp("rate_limited" if again.kind == "rate" else last, again.detail) from None
                 for book in self._books:
-                    book.retries += 1
+                    book.add(retries=1)
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._stopped.wait(), delay)
                 self._raise_if_fatal()
@@ -402,9 +496,9 @@ class ApiClient(Generic[A]):
                 await held.enter_async_context(self._slots)
                 request = prepare()
                 version = self.learnt.version
-                await held.enter_async_context(self._reserved(self._estimate(request)))
+                await held.enter_async_context(self._reserved(self._estimate(request), self._limit(request)))
                 self._openai()  # loading it takes a second, which must not count as unused rate
-                await self._pace.turn()
+                await self.ledger.pace.turn(self.settings.requests_per_minute)
                 self._raise_if_fatal()
                 if not self.learnt.settled:
                     # the first request goes alone: a refused parameter or a wrong key is met once, not twenty
@@ -416,17 +510,19 @@ class ApiClient(Generic[A]):
         self, request: dict[str, Any], version: int, keep: Callable[[A], Awaitable[None]]
     ) -> A:
         for book in self._books:
-            book.requests += 1
+            book.add(requests=1)
         answer = await self._send(request, version)
         prompt_tokens, completion_tokens = self._usage(answer)
         for book in self._books:
-            book.calls += 1
-            book.prompt_tokens += prompt_tokens
-            book.completion_tokens += completion_tokens
+            book.add(calls=1, prompt_tokens=prompt_tokens, completion_tokens=completion_tokens)
         self._accept(answer)
         self.learnt.settled = True
         self._unreachable = self._gave_up_in_a_row = self._limited_in_a_row = 0
-        await keep(answer)
+        try:
+            await keep(answer)
+        except Exception as error:
+            self.abort(error)
+            raise
         return answer
 
     async def _send(self, request: dict[str, Any], version: int) -> A:
@@ -472,7 +568,7 @@ class ApiClient(Generic[A]):
             self._limited_in_a_row += 1
             if self._limited_in_a_row >= max(8, self.settings.max_concurrency):
                 # nobody gets through: that is a limit of the account, not of this request
-                self._pace.pause(after if after is not None else 1.0)
+                self.ledger.pace.pause(after if after is not None else 1.0)
                 self._limited_in_a_row = 0
             raise Again("rate", "rate_limited", after, message)
         if verdict.kind == "fault":
@@ -484,7 +580,8 @@ class ApiClient(Generic[A]):
         # another request may have adapted meanwhile: then this one merely tries again
         if verdict.kind == "adapt" and (self.learnt.version != version or self._adapt(verdict.param)):
             raise Again("adapted", verdict.param)
-        if verdict.kind == "fatal" or not self.learnt.settled:
+        self._refused += 1
+        if verdict.kind == "fatal" or (not self.learnt.settled and self._refused >= REFUSED_AFTER):
             self._stop(f"{self.who.server} refuses: {message}", verdict.remedy or f"check {self.who.options}")
         self._count_gave_up("rejected", message)
         raise GaveUp("rejected", message)
@@ -506,17 +603,16 @@ class ApiClient(Generic[A]):
         return self._client
 
     def redact(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key else text
+        return text.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_SECRET else text
 
     def _raise_if_fatal(self) -> None:
         if self._fatal is not None:
             raise self._fatal
 
     def _stop(self, what: str, remedy: str) -> None:
-        if self._fatal is None:
-            self._fatal = UserError(what, where=self.who.where, remedy=f"{remedy}; {self.who.kept}")
-            self._stopped.set()
-        raise self._fatal
+        error = UserError(what, where=self.who.where, remedy=f"{remedy}; {self.who.kept}")
+        self.abort(error)
+        raise self._fatal or error
 
     def _count_gave_up(self, reason: str, detail: str) -> None:
         self._gave_up_in_a_row += 1
@@ -528,32 +624,26 @@ class ApiClient(Generic[A]):
             )
 
     @contextlib.asynccontextmanager
-    async def _reserved(self, tokens: int) -> AsyncIterator[None]:
-        await self._reserve(tokens)
+    async def _reserved(self, prompt: int, completion: int) -> AsyncIterator[None]:
+        await self._reserve(prompt, completion)
         try:
             yield
         finally:
-            await self._release(tokens)
+            self.ledger.leave(prompt, completion)
+            async with self._returned:
+                self._returned.notify_all()
 
-    async def _reserve(self, tokens: int) -> None:
+    async def _reserve(self, prompt: int, completion: int) -> None:
         """Enter the budget, or wait for requests in flight whose true size may still leave room."""
-        s, ledger, price = self.settings, self.ledger, self.settings.price()
+        ledger = self.ledger
         async with self._returned:
             while True:
                 self._raise_if_fatal()
-                spent = ledger.prompt_tokens + ledger.completion_tokens
-                over: str | None = None
-                if s.max_calls and ledger.calls + ledger.in_flight + 1 > s.max_calls:
-                    over = f"max_calls {s.max_calls}"
-                elif s.max_tokens and spent + ledger.reserved_tokens + tokens > s.max_tokens:
-                    over = f"max_tokens {s.max_tokens}"
-                elif s.cost_limit() and price is not None:
-                    planned = (ledger.reserved_tokens + tokens) * price[0] / 1e6
-                    if ledger.cost(price) + planned > s.cost_limit():
-                        over = f"max_cost_usd {s.cost_limit():g}"
+                over = ledger.enter(self.settings, prompt, completion)
                 if over is None:
-                    break
+                    return
                 if ledger.in_flight == 0:
+                    spent = ledger.prompt_tokens + ledger.completion_tokens
                     self._stop(
                         f"the budget {over} is used up after {ledger.calls} calls, {spent} tokens",
                         f"raise {over.split()[0]}",
@@ -561,14 +651,6 @@ class ApiClient(Generic[A]):
                 # another client of this process may hold the room: it does not notify us
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._returned.wait(), 0.5)
-            ledger.in_flight += 1
-            ledger.reserved_tokens += tokens
-
-    async def _release(self, tokens: int) -> None:
-        self.ledger.in_flight -= 1
-        self.ledger.reserved_tokens -= tokens
-        async with self._returned:
-            self._returned.notify_all()
 
 
 class GroupWriter:
@@ -604,3 +686,128 @@ class GroupWriter:
                     for *_, written in mine:
                         if not written.done():
                             written.set_result(None)
+
+
+class Session(Protocol[ItemIn, ResultOut]):
+    """Made inside the worker's event loop: answers one item, closes what it opened."""
+
+    async def one(self, item: ItemIn) -> ResultOut: ...
+
+    async def close(self) -> None: ...
+
+
+def work_through(
+    name: str,
+    items: Sequence[I],
+    open_session: Callable[[], Session[I, R]],
+    *,
+    at_once: int,
+    every_s: float = 0.5,
+    on_turn: Callable[[], None] | None = None,
+) -> Iterator[R]:
+    """Results in the order in which they are ready, from an event loop in a thread of its own.
+
+    `at_once`: items under way, those that wait for a retry included; `on_turn` is called about every
+    `every_s` seconds and after each result. The first error ends it, once requests under way have brought
+    their answers home. Leaving the iterator cancels what is under way, as a kill would.
+    """
+    results: queue.Queue[tuple[R] | BaseException | None] = queue.Queue()
+    worker = _Worker(name, items, open_session, at_once, results)
+    worker.start()
+    try:
+        while True:
+            try:
+                result = results.get(timeout=every_s)
+            except queue.Empty:
+                if not worker.is_alive() and results.empty():
+                    raise RuntimeError(f"the thread {name!r} ended without a word") from None
+                if on_turn is not None:
+                    on_turn()
+                continue
+            if result is None:
+                return
+            if isinstance(result, BaseException):
+                raise result
+            if on_turn is not None:
+                on_turn()
+            yield result[0]
+    finally:
+        worker.cancel()
+        worker.join()
+
+
+class _Worker(threading.Thread):
+    def __init__(
+        self,
+        name: str,
+        items: Sequence[Any],
+        open_session: Callable[[], Session[Any, Any]],
+        at_once: int,
+        results: queue.Queue[Any],
+    ) -> None:
+        super().__init__(name=name, daemon=True)
+        self._items = items
+        self._open_session = open_session
+        self._at_once = at_once
+        self._results = results
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._task: asyncio.Task[None] | None = None
+        self._cancelled = threading.Event()
+
+    def run(self) -> None:
+        try:
+            asyncio.run(self._main())
+        except asyncio.CancelledError:
+            self._results.put(None)
+        except BaseException as error:
+            # handed to the thread that reads the results, which raises it
+            self._results.put(error)
+        else:
+            self._results.put(None)
+
+    def cancel(self) -> None:
+        """Stop at once; answers under way are lost, as in a kill."""
+        self._cancelled.set()
+        loop, task = self._loop, self._task
+        if loop is not None and task is not None and self.is_alive():
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(task.cancel)
+
+    async def _main(self) -> None:
+        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
+        if self._cancelled.is_set():
+            return
+        session = self._open_session()
+        failures: list[BaseException] = []
+        room = asyncio.Semaphore(self._at_once)
+        tasks: set[asyncio.Task[None]] = set()
+
+        async def one(item: Any) -> None:
+            self._results.put((await session.one(item),))
+
+        def finished(task: asyncio.Task[None]) -> None:
+            tasks.discard(task)
+            room.release()
+            if not task.cancelled() and (error := task.exception()) is not None:
+                failures.append(error)
+
+        try:
+            for item in self._items:
+                await room.acquire()
+                if failures:
+                    break
+                task = asyncio.create_task(one(item))
+                tasks.add(task)
+                task.add_done_callback(finished)
+            # after a failure requests under way still bring their answers home; those that wait stop by
+            # themselves
+            while tasks:
+                await asyncio.wait(tasks)
+                await asyncio.sleep(0)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            await session.close()
+        if failures:
+            raise failures[0]

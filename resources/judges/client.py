@@ -7,10 +7,12 @@ scores.
 
 from __future__ import annotations
 
+import hashlib
 import logging
+import math
 import re
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -88,6 +90,7 @@ class Answer:
     `top`: alternatives (token, logprob) of the first answer token that is not blank, None when none were
     given.
     `filtered`: a content filter stopped the answer or the question.
+    `server`: a mark of the address that answered; None for what was kept before there was one.
     """
 
     text: str
@@ -99,6 +102,7 @@ class Answer:
     model: str | None = None
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    server: str | None = None
 
     def record(self) -> dict[str, Any]:
         return {
@@ -111,6 +115,7 @@ class Answer:
             "model": self.model,
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
+            "server": self.server,
         }
 
     @classmethod
@@ -126,6 +131,7 @@ class Answer:
             model=row["model"],
             prompt_tokens=row["prompt_tokens"],
             completion_tokens=row["completion_tokens"],
+            server=row.get("server"),
         )
 
 
@@ -191,7 +197,17 @@ class _Process:
 _process = _Process()
 
 
+def ledger_of(settings: ClientSettings) -> Ledger:
+    """What this process has spent on the model of `settings`, over all judges."""
+    return _process.ledgers.setdefault((settings.base_url, settings.model), Ledger())
+
+
 _PARAMS = ("max_completion_tokens", "max_tokens", "top_logprobs", "logprobs", "temperature")
+
+
+def server_mark(base_url: str | None) -> str:
+    """Tells addresses apart without naming them."""
+    return hashlib.sha256((base_url or "api.openai.com").rstrip("/").encode()).hexdigest()[:12]
 
 
 def judge_server(model: str) -> Who:
@@ -200,7 +216,7 @@ def judge_server(model: str) -> Who:
         server="the judge's server",
         where=f"judge {model}",
         key="OPENAI_API_KEY",
-        options="the judge's model name and base_url",
+        options="the judge's options (model name, base_url)",
         kept="what was scored is kept",
     )
 
@@ -218,6 +234,10 @@ def parse_completion(body: Any, mode: Mode) -> Answer | None:
         content = message.get("content")
         usage = body.get("usage") or {}
         text = content if isinstance(content, str) else _joined(content)
+        thought = message.get("reasoning_content") or message.get("reasoning")
+        if not text.strip() and isinstance(thought, str):
+            # a server that takes the thinking out: the answer is still to come, or was cut off before it came
+            text = f"<think>{thought}"
         finish = choice.get("finish_reason")
         return Answer(
             text=text,
@@ -242,11 +262,20 @@ def _joined(content: Any) -> str:
 
 
 def _first_token(logprobs: Any) -> tuple[tuple[str, float], ...] | None:
-    entries = (logprobs or {}).get("content") or []
-    for entry in entries:
-        if str(entry["token"]).strip():
-            top = entry.get("top_logprobs") or [entry]
-            return tuple((str(other["token"]), float(other["logprob"])) for other in top)
+    """None also for shapes that are no log-probabilities: the text of the answer is still there."""
+    try:
+        for entry in (logprobs or {}).get("content") or []:
+            if not str(entry["token"]).strip():
+                continue
+            top = [
+                (str(other["token"]), float(other["logprob"]))
+                for other in entry.get("top_logprobs") or [entry]
+                if other["logprob"] is not None
+            ]
+            # probability zero carries nothing, and minus infinity has no JSON
+            return tuple(pair for pair in top if math.isfinite(pair[1])) or None
+    except (KeyError, TypeError, AttributeError, ValueError):
+        return None
     return None
 
 
@@ -260,8 +289,9 @@ class ChatClient(ApiClient[Answer]):
         settings.check()
         place = (settings.base_url, settings.model)
         self.abilities = _process.abilities.setdefault(place, Abilities.expected(settings.model))
-        ledger = _process.ledgers.setdefault(place, Ledger())
-        super().__init__(settings, judge_server(settings.model), self.abilities, ledger, api_key, spent)
+        self._mark = server_mark(settings.base_url)
+        who = judge_server(settings.model)
+        super().__init__(settings, who, self.abilities, ledger_of(settings), api_key, spent)
 
     async def ask(
         self,
@@ -279,7 +309,7 @@ class ChatClient(ApiClient[Answer]):
             request |= {"logprobs": True, "top_logprobs": abilities.top_logprobs}
             limit = LOGPROB_TOKENS
         else:
-            limit = THINKING_TOKENS if abilities.thinking else TEXT_TOKENS
+            limit = self._text_tokens()
         if abilities.token_param:
             request[abilities.token_param] = limit
         if abilities.temperature:
@@ -290,13 +320,21 @@ class ChatClient(ApiClient[Answer]):
         return await client.chat.completions.with_raw_response.create(**request)
 
     def _parse(self, body: Any, request: dict[str, Any]) -> Answer | None:
-        return parse_completion(body, _mode(request))
+        answer = parse_completion(body, _mode(request))
+        return None if answer is None else replace(answer, server=self._mark)
 
     def _usage(self, answer: Answer) -> tuple[int, int]:
         return answer.prompt_tokens, answer.completion_tokens
 
     def _estimate(self, request: dict[str, Any]) -> int:
-        return sum(len(message["content"]) for message in request["messages"]) // 3 + LOGPROB_TOKENS
+        # a token for three bytes: more than English needs, about what other languages need
+        return sum(len(m["content"].encode("utf-8", "replace")) for m in request["messages"]) // 3 + 1
+
+    def _limit(self, request: dict[str, Any]) -> int:
+        return int(request.get(self.abilities.token_param) or self._text_tokens())
+
+    def _text_tokens(self) -> int:
+        return THINKING_TOKENS if self.abilities.thinking else TEXT_TOKENS
 
     def _accept(self, answer: Answer) -> None:
         if answer.text.lstrip().startswith("<think") and self.abilities.think():
@@ -307,7 +345,7 @@ class ChatClient(ApiClient[Answer]):
         return self.abilities.refuse(param)
 
     def _filtered(self, request: dict[str, Any], message: str) -> Answer:
-        return Answer("", None, "content_filter", None, True, _mode(request))
+        return Answer("", None, "content_filter", None, True, _mode(request), server=self._mark)
 
 
 def _mode(request: dict[str, Any]) -> Mode:

@@ -10,10 +10,7 @@ wording, no Dagster.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import queue
 import re
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
@@ -21,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from resources.api_client import GaveUp, GroupWriter, Ledger
+from resources.api_client import GaveUp, GroupWriter, Ledger, work_through
 from resources.judges.client import Answer, ChatClient, ClientSettings, Mode
 from resources.judges.protocol import Abstention, CacheFor, JudgeItem, Judgement, RowCacheLike, Score
 from resources.judges.rubric import OFF_TOPIC_CAP, ON_TOPIC, VERSIONS, Rendered, render, render_on_topic
@@ -232,29 +229,23 @@ class OpenAIJudge:
                 yield i, judgement
         if not open_items:
             return
-        results: queue.Queue[tuple[int, Judgement] | BaseException | None] = queue.Queue()
-        worker = _Worker(self, items, open_items, results)
-        worker.start()
+        left = len(open_items)
+
+        def tell() -> None:
+            self._progress(len(items), left)
+
         try:
-            left = len(open_items)
-            while True:
-                try:
-                    result = results.get(timeout=PROGRESS_EVERY_S)
-                except queue.Empty:
-                    if not worker.is_alive() and results.empty():
-                        raise RuntimeError("the judge's thread ended without a word") from None
-                    self._progress(len(items), left)
-                    continue
-                if result is None:
-                    return
-                if isinstance(result, BaseException):
-                    raise result
+            for result in work_through(
+                "judge",
+                open_items,
+                lambda: _Session(self, items),
+                at_once=WINDOW * self.settings.max_concurrency,
+                every_s=PROGRESS_EVERY_S,
+                on_turn=tell,
+            ):
                 left -= 1
-                self._progress(len(items), left)
                 yield result
         finally:
-            worker.cancel()
-            worker.join()
             self._progress(len(items), left, last=True)
 
     def _progress(self, total: int, left: int, *, last: bool = False) -> None:
@@ -324,85 +315,20 @@ def _detail(reading: Reading, answer: Answer, rendered: Rendered) -> dict[str, A
     return detail
 
 
-class _Worker(threading.Thread):
-    """Asks what the cache does not hold, in an event loop of its own, and reports each judgement as it is
-    made."""
+class _Session:
+    """Asks what the cache does not hold, inside the worker's event loop."""
 
-    def __init__(
-        self,
-        judge: OpenAIJudge,
-        items: Sequence[JudgeItem],
-        open_items: Sequence[int],
-        results: queue.Queue[tuple[int, Judgement] | BaseException | None],
-    ) -> None:
-        super().__init__(name="judge", daemon=True)
+    def __init__(self, judge: OpenAIJudge, items: Sequence[JudgeItem]) -> None:
         self._judge = judge
         self._items = items
-        self._open = open_items
-        self._results = results
-        self._loop: asyncio.AbstractEventLoop | None = None
-        self._task: asyncio.Task[None] | None = None
-        self._cancelled = threading.Event()
-
-    def run(self) -> None:
-        try:
-            asyncio.run(self._main())
-        except asyncio.CancelledError:
-            self._results.put(None)
-        except BaseException as error:
-            # handed to the thread that reads the results, which raises it
-            self._results.put(error)
-        else:
-            self._results.put(None)
-
-    def cancel(self) -> None:
-        """Stop at once; answers under way are lost, as in a kill."""
-        self._cancelled.set()
-        loop, task = self._loop, self._task
-        if loop is not None and task is not None and self.is_alive():
-            with contextlib.suppress(RuntimeError):
-                loop.call_soon_threadsafe(task.cancel)
-
-    async def _main(self) -> None:
-        self._loop, self._task = asyncio.get_running_loop(), asyncio.current_task()
-        if self._cancelled.is_set():
-            return
-        judge = self._judge
         self._client = ChatClient(judge.settings, judge._api_key, judge._spent)
         self._writer = GroupWriter()
         self._flights: dict[str, asyncio.Future[Answer]] = {}
-        failures: list[BaseException] = []
-        room = asyncio.Semaphore(WINDOW * judge.settings.max_concurrency)
-        tasks: set[asyncio.Task[None]] = set()
 
-        def finished(task: asyncio.Task[None]) -> None:
-            tasks.discard(task)
-            room.release()
-            if not task.cancelled() and (error := task.exception()) is not None:
-                failures.append(error)
+    async def close(self) -> None:
+        await self._client.close()
 
-        try:
-            for i in self._open:
-                await room.acquire()
-                if failures:
-                    break
-                task = asyncio.create_task(self._one(i))
-                tasks.add(task)
-                task.add_done_callback(finished)
-            # after a failure requests under way still bring their answers home; those that wait stop by
-            # themselves
-            while tasks:
-                await asyncio.wait(tasks)
-                await asyncio.sleep(0)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            await self._client.close()
-        if failures:
-            raise failures[0]
-
-    async def _one(self, i: int) -> None:
+    async def one(self, i: int) -> tuple[int, Judgement]:
         item = self._items[i]
         steps = self._judge._steps(item)
         try:
@@ -410,9 +336,9 @@ class _Worker(threading.Thread):
             while True:
                 ask = steps.send(await self._answer(ask))
         except StopIteration as end:
-            self._results.put((i, end.value))
+            return i, end.value
         except GaveUp as given_up:
-            self._results.put((i, Abstention(item.key, given_up.reason, {"last": given_up.detail[:200]})))
+            return i, Abstention(item.key, given_up.reason, {"last": given_up.detail[:200]})
 
     async def _answer(self, ask: _Ask) -> Answer:
         """From the cache, from a twin that is being asked right now, or from the server."""

@@ -47,7 +47,7 @@ def load(
     identity = identity or identify(spec)
     device = resolve_device(spec.device)
     dtype = resolve_dtype(spec.dtype, device)
-    source, extra = _source(spec, identity)
+    source, extra = model_source(spec, identity)
     placement = _placement(spec, device)
     quantization = _quantization(spec, device, dtype)
     bars = transformers_logging.is_progress_bar_enabled()
@@ -119,7 +119,7 @@ def resolve_dtype(dtype: str, device: torch.device) -> torch.dtype:
     return _DTYPES[dtype]
 
 
-def _source(spec: ModelSpec, identity: ModelIdentity) -> tuple[str, dict[str, Any]]:
+def model_source(spec: ModelSpec, identity: ModelIdentity) -> tuple[str, dict[str, Any]]:
     """What from_pretrained is given: a folder, or a hub id pinned to its commit, or a GGUF file in its
     folder.
     """
