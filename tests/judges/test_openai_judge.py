@@ -482,17 +482,18 @@ def test_a_server_that_dies_under_way_keeps_what_was_scored(openai_server: Any, 
 
 
 @pytest.mark.parametrize(
-    ("status", "message", "code", "remedy"),
+    ("status", "message", "code", "remedy", "requests"),
     [
-        (401, f"Incorrect API key provided: {KEY}.", "invalid_api_key", "OPENAI_API_KEY"),
-        (403, "Project has no access to this model", None, "OPENAI_API_KEY"),
-        (429, "You exceeded your current quota", "insufficient_quota", "billing"),
-        (404, "The model `nope` does not exist", "model_not_found", "model name"),
-        (400, "Invalid value somewhere", None, "options"),
+        (401, f"Incorrect API key provided: {KEY}.", "invalid_api_key", "OPENAI_API_KEY", 1),
+        (403, "Project has no access to this model", None, "OPENAI_API_KEY", 1),
+        (429, "You exceeded your current quota", "insufficient_quota", "billing", 1),
+        (404, "The model `nope` does not exist", "model_not_found", "model name", 1),
+        # may be the question's fault: the options are to blame when the third one fares no better
+        (400, "Invalid value somewhere", None, "options", 3),
     ],
 )
 def test_what_no_retry_can_mend_ends_at_once(
-    openai_server: Any, make: Any, status: int, message: str, code: str | None, remedy: str
+    openai_server: Any, make: Any, status: int, message: str, code: str | None, remedy: str, requests: int
 ) -> None:
     module = module_of(openai_server)
     openai_server.script = lambda request: module.Reply(status, module.error_body(message, code))
@@ -501,7 +502,23 @@ def test_what_no_retry_can_mend_ends_at_once(
     assert remedy in str(error.value)
     assert "what was scored is kept" in str(error.value)
     assert KEY not in str(error.value)
-    assert len(openai_server.requests) == 1
+    assert len(openai_server.requests) == requests
+
+
+def test_a_question_that_is_refused_does_not_keep_the_others_from_being_asked(
+    openai_server: Any, make: Any
+) -> None:
+    module = module_of(openai_server)
+
+    def script(request: Any) -> Any:
+        if "number 0 " in request.prompt:
+            return module.Reply(400, module.error_body("Invalid value somewhere"))
+        return None
+
+    openai_server.script = script
+    judged = list(make().score(items(12)))
+    assert [j.reason for j in judged if isinstance(j, Abstention)] == ["rejected"]
+    assert isinstance(judged[0], Abstention)
 
 
 def test_quota_that_runs_out_under_way_keeps_what_was_scored(openai_server: Any, make: Any) -> None:
@@ -648,8 +665,11 @@ def test_a_cache_that_cannot_write_is_an_error_not_a_loss(openai_server: Any) ->
             raise OSError("disk full")
 
     settings = OpenAISettings(model="loopback-1", base_url=openai_server.base_url)
+    openai_server.latency_s = 0.01
     with pytest.raises(OSError, match="disk full"):
-        list(OpenAIJudge(settings, lambda trait: Broken(), api_key=KEY).score(items(5)))
+        list(OpenAIJudge(settings, lambda trait: Broken(), api_key=KEY).score(items(300)))
+    # answers that cannot be kept are not bought: the first one to fail ends the asking
+    assert len(openai_server.requests) <= 2 * settings.max_concurrency
 
 
 def test_it_works_inside_a_running_event_loop(make: Any) -> None:
