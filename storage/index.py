@@ -34,6 +34,7 @@ from storage import keys
 from storage.artifacts import ArtifactStore
 from storage.errors import ArtifactError, UserError
 from storage.manifest import Manifest, Manifests, history_key
+from storage.text import well_formed, well_formed_tree
 
 if TYPE_CHECKING:
     import duckdb
@@ -513,7 +514,7 @@ class LineageIndex:
             )
             try:
                 connection.execute("SET lock_configuration = true")
-                cursor = connection.execute(query, list(parameters))
+                cursor = connection.execute(well_formed(query), well_formed_tree(list(parameters)))
                 columns = [column[0] for column in cursor.description or []]
                 return QueryResult(columns, cursor.fetchall())
             except duckdb.Error as error:
@@ -543,7 +544,8 @@ def _head(manifest: Manifest, source: str) -> dict[str, Any]:
 
 def _manifest_row(manifest: Manifest, source: str) -> dict[str, Any]:
     def text(value: Any) -> str:
-        return json.dumps(value, sort_keys=True, ensure_ascii=False)
+        # DuckDB's JSON has no half surrogate pairs either, not even escaped
+        return json.dumps(well_formed_tree(value), sort_keys=True, ensure_ascii=False)
 
     return {
         **_head(manifest, source),
@@ -571,7 +573,7 @@ def _insert(
     import pyarrow as pa
 
     if rows:
-        _insert_tables(connection, name, [pa.Table.from_pylist(rows, schema=schemas[name])])
+        _insert_tables(connection, name, [pa.Table.from_pylist(well_formed_tree(rows), schema=schemas[name])])
 
 
 def _insert_tables(connection: duckdb.DuckDBPyConnection, name: str, parts: list[pa.Table]) -> None:

@@ -230,4 +230,4 @@ def history_key(manifest: Manifest) -> str:
 
 def run_mark(run_id: str) -> str:
     """A run id, which may hold any characters, as 12 hex characters for file names."""
-    return hashlib.sha256(run_id.encode("utf-8")).hexdigest()[:12]
+    return hashlib.sha256(run_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]

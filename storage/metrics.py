@@ -18,6 +18,7 @@ from storage import keys
 from storage.artifacts import ArtifactStore, to_json
 from storage.errors import UserError
 from storage.manifest import run_mark
+from storage.text import well_formed, well_formed_tree
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -89,7 +90,7 @@ def metrics_key(experiment: str | None, stage: str, trait: str | None, fingerpri
 def encode_rows(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> bytes:
     """The rows as the bytes of a Parquet file, `common` in front of each.
 
-    A file without rows has the common columns only. Numbers of a column become int64, or float64 as soon
+    A file without rows has the common columns only. Half a surrogate pair becomes U+FFFD: Parquet is UTF-8. Numbers of a column become int64, or float64 as soon
     as one is a float; a column that mixes other types becomes JSON text.
     """
     import pyarrow as pa
@@ -108,7 +109,8 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) ->
     columns: dict[str, pa.Array] = {}
     for name, value in common.items():
         kind = pa.timestamp("us", tz="UTC") if isinstance(value, datetime) else pa.string()
-        columns[name] = pa.array([value] * len(rows), type=kind)
+        plain = well_formed(value) if isinstance(value, str) else value
+        columns[name] = pa.array([plain] * len(rows), type=kind)
     for name in names:
         values = [_plain(row.get(name), f"metric row {i}, column {name}") for i, row in enumerate(rows)]
         columns[name] = _column(values)
@@ -120,7 +122,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) ->
 def _plain(value: Any, where: str) -> Any:
     if isinstance(value, float) and not math.isfinite(value):
         raise UserError(f"{value} is no metric", where=where, remedy="Give None where there is no number.")
-    return to_json(value, where=where)
+    return well_formed_tree(to_json(value, where=where))
 
 
 def _column(values: list[Any]) -> pa.Array:

@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from decimal import Decimal
 from typing import TYPE_CHECKING, Any
 
+from storage.text import printable
+
 if TYPE_CHECKING:
     from rich.table import Table
     from rich.tree import Tree
@@ -44,7 +46,7 @@ def _label(node: Node) -> Any:
     if node.state != "recorded":
         label.append(f"  [{node.state}]", style=_COLOURS[node.state])
     if node.why:
-        label.append(f" {node.why}", style=_COLOURS[node.state])
+        label.append(f" {printable(node.why)}", style=_COLOURS[node.state])
     return label
 
 
@@ -71,7 +73,7 @@ def _plain(value: Any) -> str:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(printable(text).split())
     return line if len(line) <= _LONG else f"{line[: _LONG - 1]}…"
 
 
@@ -85,7 +87,7 @@ def table(result: QueryResult, *, title: str | None = None) -> Table:
         numeric = any(
             isinstance(row[result.columns.index(name)], int | float | Decimal) for row in result.rows[:50]
         )
-        shown.add_column(Text(name), justify="right" if numeric else "left", overflow="fold")
+        shown.add_column(Text(printable(name)), justify="right" if numeric else "left", overflow="fold")
     for row in result.rows:
-        shown.add_row(*(Text("" if value is None else _plain(value)) for value in row))
+        shown.add_row(*(Text("" if value is None else printable(_plain(value))) for value in row))
     return shown

@@ -6,6 +6,7 @@ Errors are one line with a remedy; `--verbose` adds the trace. Exit codes: 0 all
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -416,6 +417,10 @@ _register()
 
 
 def main() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            # a text that the terminal's encoding does not have is shown as an escape, which inside JSON is one, too
+            stream.reconfigure(errors="backslashreplace")
     app()
 
 

@@ -15,6 +15,7 @@ manifest carries the same fingerprint and its files are intact, the trait is cur
 from __future__ import annotations
 
 import logging
+import os
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -26,12 +27,14 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from storage.errors import ArtifactError, UserError
 from storage.manifest import SCHEMA_VERSION, Manifest, fingerprint
+from storage.text import well_formed, well_formed_tree
 from trait_assets.index_rows import detail_rows
 
 if TYPE_CHECKING:
     from resources.judges.protocol import CacheFor, Judge, ReferenceLogprob
     from resources.models.language_model import LanguageModel
     from resources.models.rows import ModelIdentity, ModelSpec
+    from resources.models.server import GenerationServer, ServedModel
     from storage.workspace import Workspace
     from trait_assets.experiments import Experiment
     from trait_assets.progress import Progress
@@ -68,6 +71,8 @@ class Models(Protocol):
     def get(self, spec: ModelSpec, max_batch_rows: int | None = None) -> LanguageModel: ...
 
     def identify(self, spec: ModelSpec) -> ModelIdentity: ...
+
+    def served(self, spec: ModelSpec, settings: GenerationServer) -> ServedModel: ...
 
 
 class Judges(Protocol):
@@ -114,6 +119,29 @@ class StageContext:
     def extraction_model(self) -> LanguageModel:
         """The model that responds and is captured, loaded; with the experiment's batch size."""
         return self.models.get(self.extraction_spec(), max_batch_rows=self.experiment.batch_size)
+
+    def generating_model(self) -> LanguageModel | ServedModel:
+        """The model that responds: loaded here, or on the server that `generation` names."""
+        g = self.experiment.generation
+        if g.backend == "local":
+            return self.extraction_model()
+        from resources.models.server import GenerationServer
+
+        return self.models.served(
+            self.extraction_spec(),
+            GenerationServer(
+                model=g.served_model or self.experiment.extraction_model,
+                base_url=g.server_url or os.environ.get("TRAITS_GENERATION_URL") or None,
+                api_key_env=g.api_key_env,
+                max_concurrency=g.max_concurrency,
+                requests_per_minute=g.requests_per_minute,
+                timeout_s=g.timeout_s,
+                max_attempts=g.max_attempts,
+                max_wait_s=g.max_wait_s,
+                max_calls=g.max_calls,
+                max_tokens=g.max_tokens,
+            ),
+        )
 
     def application_model(self) -> LanguageModel:
         """The model that is steered, loaded; with the experiment's batch size."""
@@ -389,8 +417,9 @@ def _commit(stage: Stage, ctx: StageContext, plan: Plan, outcome: Outcome) -> Tr
         inputs=plan.inputs,
         options=plan.options,
         files=records,
-        summary={**outcome.summary, "checks": [check.record() for check in outcome.checks]},
-        tables=outcome.tables,
+        # the UI sends these as UTF-8
+        summary=well_formed_tree({**outcome.summary, "checks": [check.record() for check in outcome.checks]}),
+        tables=well_formed_tree(outcome.tables),
         run_id=ctx.run_id,
         created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
         libraries=libraries(),
@@ -413,6 +442,7 @@ def _failed(ctx: StageContext, stage: Stage, trait: str | None, error: BaseExcep
         reason, detail = str(error), None
     else:
         reason = f"{type(error).__name__}: {error}"
-        detail = "".join(traceback.format_exception(error))
+        detail = well_formed("".join(traceback.format_exception(error)))
+    reason = well_formed(reason)
     ctx.log.error("%s failed for %s: %s", stage.name, trait or ctx.experiment.name, reason)
     return TraitResult(trait, "failed", None, reason, detail)

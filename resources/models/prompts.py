@@ -11,6 +11,7 @@ from typing import Any
 
 from resources.models.rows import EncodedPrompt
 from storage.errors import UserError
+from storage.text import well_formed
 
 # a string that no template contains, to see where a message ends up
 _SENTINEL = "XqZv7sentinel7vZqX"
@@ -107,7 +108,7 @@ class PromptEncoder:
         return frozenset(stops)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of generated ids: special tokens skipped, nothing else touched.
+        """Text of generated ids: special tokens skipped, half surrogate pairs mended, nothing else touched.
 
         They are decoded behind an ordinary token, because sentencepiece decoders drop the space of a first
         token.
@@ -118,13 +119,14 @@ class PromptEncoder:
         )
 
     def _decode(self, ids: list[int]) -> str:
-        return str(self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False))
+        text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return well_formed(str(text))
 
     def token_strings(self, ids: Sequence[int]) -> list[str]:
         for token in ids:
             if token not in self._strings:
                 text = self.tokenizer.decode([token], clean_up_tokenization_spaces=False)
-                self._strings[token] = str(text)
+                self._strings[token] = well_formed(str(text))
         return [self._strings[token] for token in ids]
 
     def _render(self, messages: list[dict[str, str]], *, generate: bool = True) -> str:

@@ -80,6 +80,37 @@ def test_each_trait_is_committed_and_then_current(ctx):
     assert stage.computed == ["t/a", "t/b", "t/c"]
 
 
+def test_half_a_surrogate_pair_in_a_models_text_reaches_neither_the_index_nor_the_ui(ctx):
+    """From a model's answer, a check's sentence and an error, through commit, index and UI metadata."""
+    from trait_assets.stage import partial_failure, result_metadata
+
+    class Broken(Doubling):
+        def execute(self, ctx, plans):
+            for plan in plans:
+                if plan.trait == "t/c":
+                    yield Outcome(plan.trait, error=RuntimeError("said \ud83d"))
+                    continue
+                answer = {"answer": "broken \ud83d", "system_prompt": "\ude00"}
+                yield Outcome(
+                    plan.trait,
+                    files={f"e/{plan.trait}/answers.json": [answer]},
+                    summary={"sample": answer["answer"]},
+                    metrics=[{"table": "responses", **answer}],
+                    tables={"answers": [answer]},
+                    checks=[pipeline.Check("odd", False, "broken \ud83d", values={"text": "\ud83d"})],
+                )
+
+    results = run(Broken({"t/a": 1, "t/b": 2, "t/c": 3}), ctx)
+    assert {t: r.state for t, r in results.items()} == {"t/a": "done", "t/b": "done", "t/c": "failed"}
+    assert not any(r.index_behind for r in results.values())
+    rows = ctx.workspace.index.sql("SELECT answer, system_prompt FROM current_responses").rows
+    assert rows == [("broken \ufffd", "\ufffd")] * 2
+    shown = result_metadata(ctx.workspace, results["t/a"])
+    assert shown["sample"] == "broken \ufffd"
+    for text in (repr(shown), str(partial_failure("vectors", [results["t/c"]], 3))):
+        text.encode("utf-8")
+
+
 def test_a_changed_option_recomputes_its_trait_alone(ctx):
     stage = Doubling({"t/a": 1, "t/b": 2, "t/c": 3})
     run(stage, ctx)

@@ -169,6 +169,8 @@ def test_answers_are_read_in_the_shapes_that_models_give() -> None:
     assert parse_pairs(f"Here you are:\n```json\n{json.dumps([pair])}\n```\nAnything else?") == expected
     assert parse_pairs(f"Sure! {json.dumps({'pairs': [pair]})} Done.") == expected
     assert parse_pairs(f"{json.dumps(pair)},\n{json.dumps(pair)}") == (expected[0] * 2, 0)
+    broken = r'{"positive": "he left \ud83d and", "negative": "\ude00 so"}'
+    assert parse_pairs(broken) == ([("he left \ufffd and", "\ufffd so")], 0)
     assert parse_pairs("") == ([], 1)
     assert parse_pairs('{"pairs": ') == ([], 1)
     assert parse_pairs("[" * 100_000) == ([], 1)

@@ -131,6 +131,14 @@ BAD: dict[str, tuple[dict[str, bytes | None], str]] = {
         {"positive.txt": None, "positive.jsonl": b'{"prompt": "a \\ud800 b"}\n'},
         "surrogate",
     ),
+    "half a surrogate in a question": (
+        {"steering.json": b'{"questions": ["a \\ud800?"]}'},
+        "surrogate",
+    ),
+    "half a surrogate in the judge's prompt": (
+        {"steering.json": b'{"questions": ["a?"], "eval_prompt": "{answer} \\ud800"}'},
+        "surrogate",
+    ),
     "both formats": ({"positive.jsonl": b'{"prompt": "a b"}\n'}, "only one of them can count"),
 }
 

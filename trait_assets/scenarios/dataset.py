@@ -601,6 +601,9 @@ def _check_eval_prompt(text: str, eval_prompt: Any, fault: Any) -> None:
             line, "has an `eval_prompt` that is no text", "write a text with {question} and {answer}, or null"
         )
         return
+    if _unencodable(eval_prompt):
+        fault(line, "`eval_prompt` holds half a surrogate pair", "write the character itself")
+        return
     fields = TEMPLATE_FIELD.findall(eval_prompt)
     strangers = list(dict.fromkeys(f for f in fields if f not in TEMPLATE_FIELDS))
     for unknown in strangers:

@@ -24,6 +24,7 @@ from typing import Any
 from resources.judges.protocol import Abstention, Judge, JudgeItem, TraitContext
 from storage.errors import UserError
 from storage.keys import check_trait
+from storage.text import well_formed
 from trait_assets.scenarios.dataset import DEFINITION_FILES, PLACEHOLDER, SIDE_FILES, STEERING_FILE
 from trait_assets.scenarios.findings import Finding
 from trait_assets.scenarios.lint import DRAFT_MARK, NEAR_DUPLICATE, fast_findings, line_faults
@@ -272,8 +273,8 @@ def _rows(rows: list[Any]) -> tuple[list[tuple[str, str]], int]:
 
 
 def _one_line(text: str) -> str:
-    """White space collapsed, and the dots by which a model shows that it breaks off taken away."""
-    return re.sub(r"\s*(?:…|\.\.\.)\s*[\"”]?$", "", " ".join(text.split()))
+    """White space collapsed, half surrogate pairs mended, and the dots by which a model shows that it breaks off taken away."""
+    return re.sub(r"\s*(?:…|\.\.\.)\s*[\"”]?$", "", " ".join(well_formed(text).split()))
 
 
 def screen(positive: str, negative: str, kept: Sequence[DraftPair], label: str) -> str | None:
@@ -375,6 +376,6 @@ def openai_complete(
                 where=str(client.base_url),
                 remedy="check the address, the key and the model's name",
             ) from error
-        return answer.choices[0].message.content or "" if answer.choices else ""
+        return well_formed(answer.choices[0].message.content or "") if answer.choices else ""
 
     return complete
