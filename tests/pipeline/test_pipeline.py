@@ -82,7 +82,7 @@ def test_each_trait_is_committed_and_then_current(ctx):
 
 def test_half_a_surrogate_pair_in_a_models_text_reaches_neither_the_index_nor_the_ui(ctx):
     """From a model's answer, a check's sentence and an error, through commit, index and UI metadata."""
-    from trait_assets.stage import partial_failure, result_metadata
+    from trait_assets.stage import metadata_value, partial_failure, table_value
 
     class Broken(Doubling):
         def execute(self, ctx, plans):
@@ -105,9 +105,10 @@ def test_half_a_surrogate_pair_in_a_models_text_reaches_neither_the_index_nor_th
     assert not any(r.index_behind for r in results.values())
     rows = ctx.workspace.index.sql("SELECT answer, system_prompt FROM current_responses").rows
     assert rows == [("broken \ufffd", "\ufffd")] * 2
-    shown = result_metadata(ctx.workspace, results["t/a"])
-    assert shown["sample"] == "broken \ufffd"
-    for text in (repr(shown), str(partial_failure("vectors", [results["t/c"]], 3))):
+    manifest = results["t/a"].manifest
+    assert metadata_value(manifest.summary["sample"]) == "broken \ufffd"
+    shown = [metadata_value(manifest.summary["checks"]), table_value(manifest.tables["answers"])]
+    for text in (*map(repr, shown), str(partial_failure("vectors", [results["t/c"]], 3))):
         text.encode("utf-8")
 
 
