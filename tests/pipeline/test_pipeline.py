@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -82,7 +83,6 @@ def test_each_trait_is_committed_and_then_current(ctx):
 
 def test_half_a_surrogate_pair_in_a_models_text_reaches_neither_the_index_nor_the_ui(ctx):
     """From a model's answer, a check's sentence and an error, through commit, index and UI metadata."""
-    from trait_assets.stage import metadata_value, partial_failure, table_value
 
     class Broken(Doubling):
         def execute(self, ctx, plans):
@@ -105,11 +105,12 @@ def test_half_a_surrogate_pair_in_a_models_text_reaches_neither_the_index_nor_th
     assert not any(r.index_behind for r in results.values())
     rows = ctx.workspace.index.sql("SELECT answer, system_prompt FROM current_responses").rows
     assert rows == [("broken \ufffd", "\ufffd")] * 2
+    # what the UI is given
     manifest = results["t/a"].manifest
-    assert metadata_value(manifest.summary["sample"]) == "broken \ufffd"
-    shown = [metadata_value(manifest.summary["checks"]), table_value(manifest.tables["answers"])]
-    for text in (*map(repr, shown), str(partial_failure("vectors", [results["t/c"]], 3))):
-        text.encode("utf-8")
+    assert manifest.summary["sample"] == "broken \ufffd"
+    assert results["t/c"].reason == "RuntimeError: said \ufffd"
+    shown = [manifest.summary, manifest.tables, results["t/c"].detail]
+    json.dumps(shown, ensure_ascii=False).encode("utf-8")
 
 
 def test_a_changed_option_recomputes_its_trait_alone(ctx):
