@@ -109,6 +109,45 @@ class SteeringOptions(_Options):
         return self
 
 
+class GenerationOptions(_Options):
+    """Where stage 1 is generated, under `generation:` in the config. Capture and steering always run on a loaded model.
+
+    Which backend and under which name it serves the model are part of the responses' fingerprint; where the server
+    stands and how hard it is asked are not.
+    """
+
+    backend: Literal["local", "server"] = Field(
+        "local", description="server: a vLLM or SGLang server generates, asked by token ids."
+    )
+    server_url: str | None = Field(
+        None,
+        description="Address of the server, ending in /v1; default the variable TRAITS_GENERATION_URL.",
+    )
+    served_model: str | None = Field(
+        None, description="Name under which the server lists the model; default extraction_model."
+    )
+    api_key_env: str | None = Field(
+        None, description="Name of the environment variable that holds the server's key; default no key."
+    )
+    max_concurrency: int = Field(64, ge=1, description="Requests in flight at once.")
+    requests_per_minute: int = Field(0, ge=0, description="Client-side rate limit; 0: none.")
+    timeout_s: float = Field(600.0, gt=0, description="Time limit of one request.")
+    max_attempts: int = Field(8, ge=1, description="Tries per prompt for server faults and timeouts.")
+    max_wait_s: float = Field(900.0, gt=0, description="Longest time one prompt may wait on rate limits.")
+    max_calls: int = Field(0, ge=0, description="Budget of answered requests per process; 0: none.")
+    max_tokens: int = Field(0, ge=0, description="Budget of prompt + response tokens per process; 0: none.")
+
+    @model_validator(mode="after")
+    def _address(self) -> GenerationOptions:
+        if self.server_url is not None and not re.match(r"https?://[^/@?]+(/[^?]*)?$", self.server_url):
+            raise ValueError(
+                "server_url must be an http(s) address without user name or query, e.g. http://localhost:8000/v1"
+            )
+        if self.api_key_env is not None and not re.match(r"[A-Za-z_][A-Za-z0-9_]*$", self.api_key_env):
+            raise ValueError("api_key_env is the name of a variable, not a key")
+        return self
+
+
 class RunResources(_Options):
     """What one run asks of a cluster, under `run_resources:` in the config. No number depends on it; on one machine it is
     not read."""
@@ -190,6 +229,7 @@ class Experiment(_Options):
     )
     seed: int = 0
     steer: SteeringOptions = Field(default_factory=SteeringOptions)
+    generation: GenerationOptions = Field(default_factory=GenerationOptions)
     run_resources: RunResources = Field(default_factory=RunResources)
 
     @model_validator(mode="after")
@@ -248,16 +288,25 @@ class Experiment(_Options):
         return BASE_MAX_NEW_TOKENS if base else INSTRUCT_MAX_NEW_TOKENS
 
     def with_overrides(self, overrides: Mapping[str, Any]) -> Experiment:
-        """The effective experiment of one run. `steer` may be a partial mapping."""
+        """The effective experiment of one run. `steer` and the other groups may be partial mappings."""
         given = {k: v for k, v in overrides.items() if v is not None}
         if not given:
             return self
         values = self.model_dump()
-        steer = given.pop("steer", None)
+        for group in GROUPS:
+            part = given.pop(group, None)
+            if part:
+                values[group] = {**values[group], **{k: v for k, v in dict(part).items() if v is not None}}
         values.update(given)
-        if steer:
-            values["steer"] = {**values["steer"], **{k: v for k, v in dict(steer).items() if v is not None}}
         return parse_experiment(self.name, {k: v for k, v in values.items() if k != "name"}, where="override")
+
+
+# options that have options of their own
+GROUPS: dict[str, type[_Options]] = {
+    "steer": SteeringOptions,
+    "generation": GenerationOptions,
+    "run_resources": RunResources,
+}
 
 
 def _nearest(unknown: str, known: list[str]) -> str:
@@ -280,7 +329,7 @@ def parse_experiment(name: str, values: Mapping[str, Any], *, where: str) -> Exp
         if key not in Experiment.model_fields or key == "name":
             known = [f for f in Experiment.model_fields if f != "name"]
             raise UserError(f"unknown option `{key}`", where=where, remedy=_nearest(str(key), known))
-    for group, options in (("steer", SteeringOptions), ("run_resources", RunResources)):
+    for group, options in GROUPS.items():
         given = values.get(group)
         for key in given if isinstance(given, Mapping) else ():
             if key not in options.model_fields:

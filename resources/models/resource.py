@@ -13,6 +13,7 @@ from resources.models.rows import ModelIdentity, ModelSpec
 if TYPE_CHECKING:
     from resources.models.language_model import LanguageModel
     from resources.models.loading import ModelPool
+    from resources.models.server import GenerationServer, ServedModel
 
 
 class ModelResource(dg.ConfigurableResource):
@@ -62,6 +63,16 @@ class ModelResource(dg.ConfigurableResource):
     def get(self, spec: ModelSpec, max_batch_rows: int | None = None) -> LanguageModel:
         """The loaded model, from the pool of this process. `max_batch_rows` goes before the resource's own."""
         return self.pool().get(spec, max_batch_rows=max_batch_rows or self.max_batch_rows)
+
+    def served(self, spec: ModelSpec, settings: GenerationServer) -> ServedModel:
+        """A model that generates on a server; nothing is asked of it yet. UserError for settings that cannot
+        work and for a tokenizer that cannot be loaded."""
+        from resources.models.frontend import load_frontend
+        from resources.models.server import ServedModel
+
+        settings.check()
+        settings.api_key()
+        return ServedModel(load_frontend(spec, self.identify(spec)), settings)
 
     def pool(self) -> ModelPool:
         from resources.models.loading import POOL

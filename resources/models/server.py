@@ -17,7 +17,6 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -278,13 +277,11 @@ class _Questions(ApiClient[dict[str, Any]]):
         return await self.ask_for(lambda: {"url": url + path, "body": body, "optional": optional}, keep)
 
     async def _post(self, client: Any, request: dict[str, Any]) -> Any:
-        import httpx
-
+        # what `with_raw_response` sets; for paths that the client has no method for
+        options = {"headers": {"X-Stainless-Raw-Response": "raw"}}
         if request["body"] is None:
-            response = await client.get(request["url"], cast_to=httpx.Response)
-        else:
-            response = await client.post(request["url"], cast_to=httpx.Response, body=request["body"])
-        return SimpleNamespace(http_response=response)
+            return await client.get(request["url"], cast_to=object, options=options)
+        return await client.post(request["url"], cast_to=object, body=request["body"], options=options)
 
     def _status(self, error: Any, request: dict[str, Any], version: int) -> dict[str, Any]:
         if request["optional"] and error.status_code in (400, 404, 405, 422, 501):
@@ -499,6 +496,7 @@ class ServedModel:
     def usage(self) -> dict[str, float]:
         return {
             "requests": float(self._spent.requests),
+            "calls": float(self._spent.calls),
             "retries": float(self._spent.retries),
             "prompt_tokens": float(self._spent.prompt_tokens),
             "completion_tokens": float(self._spent.completion_tokens),

@@ -7,15 +7,17 @@ decides its text, so it is generated once, whatever happens to the run and which
 from __future__ import annotations
 
 import time
-from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from resources.models.rows import GenerationOptions, GenerationRow
+from resources.models.rows import GeneratedRow, GenerationOptions, GenerationRow
+from resources.models.server import FailedRow, ServedModel
 from storage import keys
 from storage.errors import UserError
 from storage.manifest import fingerprint
+from trait_assets.judging import Spending
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import ChosenScenario, kept_scenarios
 
@@ -63,7 +65,7 @@ class ResponsesStage:
     def row_options(self, ctx: StageContext) -> dict[str, Any]:
         """Everything that decides a response, apart from the scenario."""
         e = ctx.experiment
-        return {
+        options: dict[str, Any] = {
             "row": "response/1",
             "model": ctx.models.identify(ctx.extraction_spec()).record(),
             "base_model": e.base_model,
@@ -72,6 +74,13 @@ class ResponsesStage:
             "top_p": e.top_p,
             "seed": e.seed,
         }
+        if e.generation.backend != "local":
+            # another engine rounds otherwise; where it stands decides nothing
+            options["backend"] = {
+                "kind": e.generation.backend,
+                "served_model": e.generation.served_model or e.extraction_model,
+            }
+        return options
 
     def execute(self, ctx: StageContext, plans: Sequence[Plan]) -> Iterator[Outcome]:
         caches = {plan.owner: ctx.workspace.row_cache("generations", plan.owner) for plan in plans}
@@ -93,11 +102,25 @@ class ResponsesStage:
         if not requests:
             return
 
+        failed: dict[str, list[FailedRow]] = defaultdict(list)
         buffer: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         flushed = time.monotonic()
-        for key, row in self._generate(ctx, requests):
+
+        def keep(made: Mapping[str, dict[str, Any]]) -> None:
+            """May be called by another thread."""
+            of_trait: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
+            for key, row in made.items():
+                for plan in waiting[key]:
+                    of_trait[plan.owner][key] = row
+            for trait, rows in of_trait.items():
+                caches[trait].put_many(rows)
+
+        for key, row in self._generate(ctx, requests, keep):
             for plan in waiting[key]:
-                buffer[plan.owner][key] = row
+                if isinstance(row, FailedRow):
+                    failed[plan.owner].append(row)
+                else:
+                    buffer[plan.owner][key] = row
                 open_keys[plan.owner].discard(key)
             finished = [plan for plan in waiting[key] if not open_keys[plan.owner]]
             full = sum(map(len, buffer.values())) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS
@@ -107,36 +130,64 @@ class ResponsesStage:
                 buffer.clear()
                 flushed = time.monotonic()
             for plan in finished:
-                yield self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
+                if failed[plan.owner]:
+                    yield Outcome(plan.trait, error=_unanswered(plan, failed[plan.owner]))
+                else:
+                    yield self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
 
     def _generate(
-        self, ctx: StageContext, requests: dict[str, ChosenScenario]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        self,
+        ctx: StageContext,
+        requests: dict[str, ChosenScenario],
+        keep: Callable[[Mapping[str, dict[str, Any]]], None],
+    ) -> Iterator[tuple[str, dict[str, Any] | FailedRow]]:
+        """Rows in the order in which they finish. A server's rows are kept before its next request goes out."""
         e = ctx.experiment
-        model = ctx.extraction_model()
+        model = ctx.generating_model()
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         options = GenerationOptions(
             max_new_tokens=e.response_length(base=base), temperature=e.temperature, top_p=e.top_p, seed=e.seed
         )
         encoded = {key: model.encode(s.prompt, s.system_prompt, chat=not base) for key, s in requests.items()}
         rows = [GenerationRow(key, prompt.ids) for key, prompt in encoded.items()]
-        with ctx.progress.task(f"responses · {len(rows)} prompts", len(rows)) as task:
-            for row in model.generate(rows, options):
+        served = model if isinstance(model, ServedModel) else None
+        server = None if served is None else served.check().record()
+
+        def record(row: GeneratedRow) -> dict[str, Any]:
+            content = {
+                "prompt": requests[row.key].prompt,
+                "system_prompt": requests[row.key].system_prompt,
+                "prompt_ids": list(row.prompt_ids),
+                "ids": list(row.ids),
+                "text": row.text,
+                "finish_reason": row.finish_reason,
+                "chat": encoded[row.key].chat,
+                "system_folded": encoded[row.key].system_folded,
+                "generation": options.record(),
+            }
+            return content if server is None else {**content, "server": server}
+
+        where = "responses" if server is None else f"responses · {server['engine']} server"
+        with ctx.progress.task(f"{where} · {len(rows)} prompts", len(rows)) as task:
+            spending = Spending(task)
+
+            def keep_served(made: Mapping[str, GeneratedRow]) -> None:
+                keep({key: record(row) for key, row in made.items()})
+
+            results: Iterator[GeneratedRow | FailedRow] = (
+                model.generate(rows, options, keep=keep_served)
+                if isinstance(model, ServedModel)
+                else model.generate(rows, options)
+            )
+            for row in results:
+                if isinstance(row, FailedRow):
+                    task.advance(1)
+                    yield row.key, row
+                    continue
                 task.advance(1, tokens=len(row.ids))
-                yield (
-                    row.key,
-                    {
-                        "prompt": requests[row.key].prompt,
-                        "system_prompt": requests[row.key].system_prompt,
-                        "prompt_ids": list(row.prompt_ids),
-                        "ids": list(row.ids),
-                        "text": row.text,
-                        "finish_reason": row.finish_reason,
-                        "chat": encoded[row.key].chat,
-                        "system_folded": encoded[row.key].system_folded,
-                        "generation": options.record(),
-                    },
-                )
+                if served is not None:
+                    spending.show(served.usage)
+                yield row.key, record(row)
 
     def _outcome(self, ctx: StageContext, plan: Plan, cache: Any, fresh: set[str]) -> Outcome:
         experiment, trait = ctx.experiment.name, plan.owner
@@ -162,10 +213,16 @@ class ResponsesStage:
             "system_prompts_folded": sum(bool(r["system_folded"]) for r in everything),
             "model": plan.options["model"]["model"],
         }
+        server = first.get("server")
+        if server is not None:
+            summary["generated_by"] = f"{server['engine']} {server['engine_version'] or ''}".strip()
+            summary["served_revision"] = server["revision"]
+            summary["server_notes"] = "; ".join(server["notes"]) or None
         metadata = {
             **{k: v for k, v in summary.items() if k not in ("generated_now", "from_cache")},
             "generation": first["generation"],
             "model": plan.options["model"],
+            "server": server,
             "trait": trait,
             "experiment": experiment,
         }
@@ -202,6 +259,18 @@ class ResponsesStage:
                 ),
             ],
         )
+
+
+def _unanswered(plan: Plan, failed: Sequence[FailedRow]) -> UserError:
+    """A prompt without an answer fails its trait: nothing is left out in silence."""
+    reasons = Counter(row.reason for row in failed)
+    said = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
+    last = f" (last: {failed[-1].detail})" if failed[-1].detail else ""
+    return UserError(
+        f"{len(failed)} of {len({row.key for row in plan.payload})} prompts got no answer: {said}{last}",
+        where=f"{plan.owner}, generation server",
+        remedy="see whether the server is well and run again: only these prompts are asked",
+    )
 
 
 def response_record(scenario: ChosenScenario, key: str, row: dict[str, Any]) -> dict[str, Any]:
