@@ -58,23 +58,30 @@ class LocalJudge:
         self._reference = reference
         self._on_progress = on_progress
         self._usage: Counter[str] = Counter()
+        self._of_trait: dict[str, Counter[str]] = {}
         self._caches: dict[str, RowCacheLike] = {}
 
     @property
     def identity(self) -> dict[str, Any]:
         return local_identity()
 
-    def usage(self) -> dict[str, float]:
+    def usage(self, trait: str | None = None) -> dict[str, float]:
         names = ("calls", "cache_hits", "prompt_tokens", "completion_tokens", "cost_usd", "abstentions")
-        return {name: float(self._usage[name]) for name in names}
+        counts = self._usage if trait is None else self._of_trait.get(trait, Counter())
+        return {name: float(counts[name]) for name in names}
+
+    def _count(self, trait: str, name: str) -> None:
+        self._usage[name] += 1
+        self._of_trait.setdefault(trait, Counter())[name] += 1
 
     def score(
         self, items: Sequence[JudgeItem], *, on_judged: Callable[[Judgement], None] | None = None
     ) -> Iterator[Judgement]:
         for start in range(0, len(items), CHUNK):
-            for judgement in self._score_chunk(items[start : start + CHUNK]):
+            chunk = items[start : start + CHUNK]
+            for item, judgement in zip(chunk, self._score_chunk(chunk), strict=True):
                 if isinstance(judgement, Abstention):
-                    self._usage["abstentions"] += 1
+                    self._count(item.context.trait, "abstentions")
                 if on_judged is not None:
                     on_judged(judgement)
                 yield judgement
@@ -95,7 +102,7 @@ class LocalJudge:
                 keys[i] = key
                 row = self._cache(item.context.trait).get(key)
             if row is not None:
-                self._usage["cache_hits"] += 1
+                self._count(item.context.trait, "cache_hits")
                 judged[i] = Score(item.key, float(row["value"]), detail=dict(row["detail"]))
             else:
                 open_items.append(i)
@@ -103,7 +110,8 @@ class LocalJudge:
         trait = [i for i in open_items if items[i].rubric != "coherence"]
         judged.update(zip(coherence, self._coherence([items[i] for i in coherence]), strict=True))
         judged.update(zip(trait, self._trait([items[i] for i in trait]), strict=True))
-        self._usage["calls"] += len(open_items)
+        for i in open_items:
+            self._count(items[i].context.trait, "calls")
         fresh: dict[str, dict[str, Any]] = {}
         for i in open_items:
             judgement = judged[i]

@@ -10,6 +10,7 @@ wording, no Dagster.
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 import time
 from collections import Counter
@@ -18,16 +19,21 @@ from dataclasses import dataclass
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
-from resources.api_client import GaveUp, GroupWriter, Ledger, work_through
-from resources.judges.client import Answer, ChatClient, ClientSettings, Mode
+from resources.api_client import GaveUp, GroupWriter, Ledger, check_key, work_through
+from resources.judges.client import Answer, ChatClient, ClientSettings, Mode, ledger_of, server_mark
 from resources.judges.protocol import Abstention, CacheFor, JudgeItem, Judgement, RowCacheLike, Score
 from resources.judges.rubric import OFF_TOPIC_CAP, ON_TOPIC, VERSIONS, Rendered, render, render_on_topic
 from resources.judges.scoring import MIN_MASS, SCORING_VERSION, Reading, read_logprobs, read_text
 from storage.manifest import fingerprint
 
+log = logging.getLogger(__name__)
+
 # items under way at once, as a multiple of the requests in flight: those beyond wait for a retry
 WINDOW = 8
 PROGRESS_EVERY_S = 0.5
+# a prompt of fewer words is within every server's context; servers that count cached tokens apart would look
+# as if they had cut it
+COUNTED_FROM_WORDS = 1000
 # a reading that is not final: the same question has to be asked for a text
 ASK_TEXT = "ask_text"
 
@@ -35,8 +41,12 @@ ASK_TEXT = "ask_text"
 @dataclass(frozen=True)
 class OpenAISettings(ClientSettings):
     """The client's settings and how answers are read. Everything that decides a score is in
-    `openai_identity`."""
+    `openai_identity`.
 
+    `variant`: what the model's name does not say, such as weights or quantisation.
+    """
+
+    variant: str = ""
     scoring: Literal["auto", "logprobs", "text"] = "auto"
     min_mass: float = MIN_MASS
     show_prompt: bool = True
@@ -46,12 +56,13 @@ class OpenAISettings(ClientSettings):
 
 def openai_identity(settings: OpenAISettings) -> dict[str, Any]:
     """What decides a score apart from the item. The address is left out: the same model elsewhere is the same
-    judge."""
+    judge; `variant` tells two models of one name apart."""
     host = urlsplit(settings.base_url).hostname if settings.base_url else None
     return {
         "kind": "openai",
         "api": "openai" if host in (None, "api.openai.com") else "compatible",
         "model": settings.model,
+        **({"variant": settings.variant} if settings.variant else {}),
         "rubrics": dict(VERSIONS),
         "scoring": f"{settings.scoring}/{SCORING_VERSION}",
         "min_mass": settings.min_mass,
@@ -90,9 +101,11 @@ class OpenAIJudge:
         self.settings = settings
         self._cache_for = cache_for
         self._on_progress = on_progress
-        self._api_key = api_key
+        self._api_key = check_key(api_key, "OPENAI_API_KEY")
         self._caches: dict[str, RowCacheLike] = {}
         self._counts: Counter[str] = Counter()
+        self._of_trait: dict[str, Counter[str]] = {}
+        self._elsewhere = 0
         self._spent = Ledger()
         self._text_only = settings.scoring == "text"
         self._told = 0.0
@@ -104,21 +117,46 @@ class OpenAIJudge:
     def identity(self) -> dict[str, Any]:
         return openai_identity(self.settings)
 
-    def usage(self) -> dict[str, float]:
+    def usage(self, trait: str | None = None) -> dict[str, float]:
         """Besides what the protocol names: requests and retries, and whether the cost is known (`priced` 1 or
         0)."""
         price = self.settings.price()
-        return {
-            "calls": float(self._spent.calls),
-            "cache_hits": float(self._counts["cache_hits"]),
-            "prompt_tokens": float(self._spent.prompt_tokens),
-            "completion_tokens": float(self._spent.completion_tokens),
-            "cost_usd": self._spent.cost(price),
-            "abstentions": float(self._counts["abstentions"]),
-            "requests": float(self._spent.requests),
-            "retries": float(self._spent.retries),
+        if trait is not None:
+            counts = self._of_trait.get(trait, Counter())
+            spent = Ledger(
+                calls=counts["calls"],
+                prompt_tokens=counts["prompt_tokens"],
+                completion_tokens=counts["completion_tokens"],
+            )
+        else:
+            counts, spent = self._counts, self._spent
+        usage = {
+            "calls": float(spent.calls),
+            "cache_hits": float(counts["cache_hits"]),
+            "prompt_tokens": float(spent.prompt_tokens),
+            "completion_tokens": float(spent.completion_tokens),
+            "cost_usd": spent.cost(price),
+            "abstentions": float(counts["abstentions"]),
             "priced": 0.0 if price is None else 1.0,
         }
+        if trait is None:
+            usage |= {"requests": float(spent.requests), "retries": float(spent.retries)}
+        return usage
+
+    def budget(self) -> dict[str, tuple[float, float]]:
+        """What is limited → (spent in this process, limit); all judges of the process share it."""
+        s, ledger = self.settings, ledger_of(self.settings)
+        limits = {
+            "calls": (float(ledger.calls), float(s.max_calls)),
+            "tokens": (float(ledger.prompt_tokens + ledger.completion_tokens), float(s.max_tokens)),
+            "USD": (ledger.cost(s.price()), float(s.max_cost_usd)),
+        }
+        return {name: (spent, limit) for name, (spent, limit) in limits.items() if limit}
+
+    def _count(self, trait: str, **amounts: int) -> None:
+        of_trait = self._of_trait.setdefault(trait, Counter())
+        of_trait.update(amounts)
+        self._counts.update(amounts)
 
     def score(
         self, items: Sequence[JudgeItem], *, on_judged: Callable[[Judgement], None] | None = None
@@ -132,13 +170,15 @@ class OpenAIJudge:
         following = 0
         for i, judgement in self._judged(items):
             if isinstance(judgement, Abstention):
-                self._counts["abstentions"] += 1
+                self._count(items[i].context.trait, abstentions=1)
             if on_judged is not None:
                 on_judged(judgement)
             done[i] = judgement
             while following in done:
                 yield done.pop(following)
                 following += 1
+        if self._elsewhere:
+            _say_elsewhere(self.settings.model, self._elsewhere)
 
     # what an item needs, step by step
 
@@ -170,19 +210,23 @@ class OpenAIJudge:
         trait = item.context.trait
         mode: Mode = "text" if self._text_only else "logprobs"
         answer = yield _Ask(rendered, trait, mode, self._key(rendered, mode))
-        reading = self._read(answer)
+        reading = self._read(rendered, answer)
         if reading.reason == ASK_TEXT:
             answer = yield _Ask(rendered, trait, "text", self._key(rendered, "text"))
-            reading = self._read(answer)
+            reading = self._read(rendered, answer)
         return reading, answer
 
-    def _read(self, answer: Answer) -> Reading:
+    def _read(self, rendered: Rendered, answer: Answer) -> Reading:
+        cut = cut_by_the_server(rendered, answer)
+        if cut is not None:
+            return cut
         return read_answer(answer, min_mass=self.settings.min_mass, texts=self.settings.scoring != "logprobs")
 
     def _key(self, rendered: Rendered, mode: Mode) -> str:
         """Where an answer is kept: judge model, rubric version, rendered prompt, and how it was asked."""
         api = openai_identity(self.settings)["api"]
-        return fingerprint([api, self.settings.model, rendered.rubric, rendered.system, rendered.user, mode])
+        parts = [api, self.settings.model, rendered.rubric, rendered.system, rendered.user, mode]
+        return fingerprint([*parts, self.settings.variant] if self.settings.variant else parts)
 
     def _cache(self, trait: str) -> RowCacheLike:
         if trait not in self._caches:
@@ -194,8 +238,10 @@ class OpenAIJudge:
         if row is None:
             return None
         answer = Answer.from_record(row)
+        if answer.server not in (None, server_mark(self.settings.base_url)):
+            self._elsewhere += 1
         if self.settings.retry_abstentions:
-            reading = self._read(answer)
+            reading = self._read(ask.rendered, answer)
             if reading.value is None and reading.reason != ASK_TEXT:
                 return None
         return answer
@@ -213,7 +259,7 @@ class OpenAIJudge:
                 hits += 1
                 ask = steps.send(answer)
         except StopIteration as end:
-            self._counts["cache_hits"] += hits
+            self._count(item.context.trait, cache_hits=hits)
             judgement: Judgement = end.value
             return judgement
 
@@ -297,6 +343,31 @@ def _continues(answer: Answer) -> bool:
     return bool(number and token.isdigit() and number[1] != token and number[1].startswith(token))
 
 
+def cut_by_the_server(rendered: Rendered, answer: Answer) -> Reading | None:
+    """An abstention where the server read less of the question than it was sent: some shorten what exceeds
+    their context without a word. Every word is a token at least, so fewer tokens than words tell it."""
+    words = len(rendered.system.split()) + len(rendered.user.split())
+    if words < COUNTED_FROM_WORDS or not 0 < answer.prompt_tokens < words:
+        return None
+    return Reading(None, "truncated", detail={"words": words, "prompt_tokens": answer.prompt_tokens})
+
+
+_said: set[str] = set()
+
+
+def _say_elsewhere(model: str, count: int) -> None:
+    """Once per process and model: a name that means another model at another address must not go unnoticed."""
+    if model in _said:
+        return
+    _said.add(model)
+    log.warning(
+        "%d kept answers of %r came from a server at another address; where that was another model of the "
+        "same name, set the judge's option `variant`",
+        count,
+        model,
+    )
+
+
 def _detail(reading: Reading, answer: Answer, rendered: Rendered) -> dict[str, Any]:
     by_text = reading.split_digits or answer.mode == "text" or not answer.top
     detail: dict[str, Any] = {
@@ -344,20 +415,32 @@ class _Session:
         """From the cache, from a twin that is being asked right now, or from the server."""
         kept = self._judge._kept(ask)
         if kept is not None:
-            self._judge._counts["cache_hits"] += 1
+            self._judge._count(ask.trait, cache_hits=1)
             return kept
-        flight = self._flights.get(ask.key)
-        if flight is not None:
-            return await asyncio.shield(flight)
-        flight = asyncio.get_running_loop().create_future()
-        self._flights[ask.key] = flight
 
         async def keep(answer: Answer) -> None:
             await self._writer.put(self._judge._cache(ask.trait), ask.key, answer.record())
 
+        async def pay_and_keep(answer: Answer) -> None:
+            self._judge._count(
+                ask.trait,
+                calls=1,
+                prompt_tokens=answer.prompt_tokens,
+                completion_tokens=answer.completion_tokens,
+            )
+            await keep(answer)
+
+        flight = self._flights.get(ask.key)
+        if flight is not None:
+            answer = await asyncio.shield(flight)
+            # coherence is asked without the trait: the twin may be another trait's, which keeps its own
+            await keep(answer)
+            return answer
+        flight = asyncio.get_running_loop().create_future()
+        self._flights[ask.key] = flight
         try:
             answer = await self._client.ask(
-                lambda system_role: ask.rendered.messages(system_role=system_role), ask.mode, keep
+                lambda system_role: ask.rendered.messages(system_role=system_role), ask.mode, pay_and_keep
             )
         except BaseException as error:
             flight.set_exception(error)

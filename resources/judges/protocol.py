@@ -61,7 +61,7 @@ class Score:
 @dataclass(frozen=True)
 class Abstention:
     """`reason`: a short slug: low_mass, unparseable, refusal, content_filter, out_of_range, empty, timeout,
-    too_long …"""
+    too_long, truncated …"""
 
     key: str
     reason: str
@@ -107,7 +107,7 @@ class Judge(Protocol):
         self, items: Sequence[JudgeItem], *, on_judged: Callable[[Judgement], None] | None = None
     ) -> Iterator[Judgement]: ...
 
-    def usage(self) -> dict[str, float]:
-        """calls, cache_hits, prompt_tokens, completion_tokens, cost_usd, abstentions so far in this
-        process."""
+    def usage(self, trait: str | None = None) -> dict[str, float]:
+        """calls, cache_hits, prompt_tokens, completion_tokens, cost_usd, abstentions of this judge so far, or
+        its part of one trait."""
         ...

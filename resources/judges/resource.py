@@ -29,6 +29,10 @@ class JudgeResource(dg.ConfigurableResource):
 
     backend: Literal["auto", "openai", "local"] = Field(default="auto", description="auto, openai or local.")
     model: str = Field(default="gpt-4.1-mini", description="Judge model, as the server names it.")
+    variant: str = Field(
+        default="",
+        description="What the model's name does not say (weights, quantisation): another variant is another judge.",
+    )
     base_url: str | None = Field(
         default=None,
         description="OpenAI-compatible server (vLLM, Ollama, llama.cpp); default OPENAI_BASE_URL.",
@@ -122,6 +126,7 @@ class JudgeResource(dg.ConfigurableResource):
         return OpenAISettings(
             model=self.model,
             base_url=self._base_url(),
+            variant=self.variant,
             scoring=self.scoring,
             min_mass=self.min_mass,
             show_prompt=self.show_prompt,
