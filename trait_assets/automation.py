@@ -1,48 +1,54 @@
-"""What runs by itself: new and changed trait folders, missing partitions, tables after their rows.
+"""What runs by itself: new and changed trait folders, what follows from them, tables after their rows, the nightly sweep.
 
-The folder sensor is a shell over a pure difference (`folder_changes`). The conditions are named and explained here and are
-tested by simulated ticks.
+The folder sensor is a shell over a pure difference (`folder_changes`), the nightly sweep over `sweep.py`. The conditions are
+named and explained here and are tested by simulated ticks.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import dagster as dg
+from dagster._core.definitions.partitions.context import partition_loading_context
+from dagster._core.execution.backfill import BulkActionsFilter, BulkActionStatus
 
+from storage.errors import UserError
 from trait_assets.partitions import TRAITS, known_traits, traits_partitions
 from trait_assets.paths import dataset_root
 
 if TYPE_CHECKING:
     from storage.workspace import Workspace
+    from trait_assets.backfill import Backfill
+    from trait_assets.experiments import Experiment
     from trait_assets.pipeline import TraitResult
 
-SWEEP = "0 * * * *"
+# when the nightly sweep looks; TRAITS_SWEEP sets another cron schedule
+SWEEP = "0 2 * * *"
 # Dagster ends a sensor's tick after 60 s; hundreds of new folders are read over several ticks
 READ_SECONDS = 15.0
 # the methods' annotations disagree about what a condition is over
 AC: Any = dg.AutomationCondition
 
 
-def keep_fresh(sweep: str = SWEEP) -> dg.AutomationCondition:
-    """Request a trait when it is new, when an input's content or the stage's code changed, or when a sweep finds it missing.
+def keep_fresh() -> dg.AutomationCondition:
+    """Request a trait when it is new, or when an input's content or the stage's code changed.
 
     Edges, not levels: a bare `missing()` would ask for a permanently failing trait at every tick, and excluding failed ones
-    would leave the healthy traits of a failed batch behind for ever. The sweep gives every missing trait one try an hour.
+    would leave the healthy traits of a failed batch behind for ever. What no edge led to, the nightly sweep finds.
     """
     changed = AC.any_deps_updated().replace("newly_updated", AC.data_version_changed())
     # an input that is there for the first time: so the good traits of a batch that failed for another go on at once
     appeared = AC.any_deps_match((~AC.missing()).newly_true())
-    missed = AC.missing() & AC.cron_tick_passed(sweep)
     return (
-        (AC.newly_missing() | changed | appeared | AC.code_version_changed() | missed).since_last_handled()
+        (AC.newly_missing() | changed | appeared | AC.code_version_changed()).since_last_handled()
         & ~AC.in_progress()
         & ~AC.any_deps_in_progress()
         & ~AC.any_deps_missing()
@@ -84,7 +90,7 @@ def folder_changes(
 
 
 def traits_in_flight(instance: dg.DagsterInstance) -> set[str]:
-    """Traits covered by a run that is queued or running, ranges included."""
+    """Traits covered by a run that is queued or running, ranges included, or by a backfill that is not through yet."""
     known = known_traits(instance)
     covered: set[str] = set()
     filters = dg.RunsFilter(
@@ -109,6 +115,14 @@ def traits_in_flight(instance: dg.DagsterInstance) -> set[str]:
         elif start or end:
             # a range whose end is gone cannot be resolved: hold every deletion back
             covered.update(known)
+    for backfill in instance.get_backfills(
+        BulkActionsFilter(statuses=[BulkActionStatus.REQUESTED, BulkActionStatus.CANCELING])
+    ):
+        data = backfill.asset_backfill_data
+        subsets = data.target_subset.partitions_subsets_by_asset_key.values() if data is not None else ()
+        with partition_loading_context(datetime.now(UTC), instance):
+            for subset in subsets:
+                covered.update(subset.get_partition_keys())
     return covered
 
 
@@ -268,6 +282,116 @@ def build_automation_sensor() -> dg.AutomationConditionSensorDefinition:
     )
 
 
+def evaluate_sweep(
+    instance: dg.DagsterInstance,
+    workspace: Workspace,
+    experiments: Sequence[Experiment],
+    log: logging.Logger,
+) -> list[dg.RunRequest | dg.SkipReason]:
+    """One night: a run request for every range of neighbouring traits that lack something, in batches of the policy's size.
+
+    A trait is in one run per experiment, so a permanently failing one is tried once. The runs go through the queue like
+    any others, so the pools' limits hold. What a run or backfill in progress covers is left to it.
+    """
+    from trait_assets.experiments import load_experiment
+    from trait_assets.paths import experiments_root
+    from trait_assets.pipeline import stages_of
+    from trait_assets.stage import TRAITS_PER_RUN, asset_key
+    from trait_assets.sweep import backfills, in_words, needs
+
+    known = known_traits(instance)
+    registered = set(known)
+    busy = traits_in_flight(instance)
+    told: dict[dg.AssetKey, set[str]] = {}
+    requests: list[dg.RunRequest | dg.SkipReason] = []
+    waiting: set[str] = set()
+    for loaded in experiments:
+        try:
+            experiment = load_experiment(experiments_root(), loaded.name)
+        except UserError as error:
+            log.warning("experiment %s is left out: %s", loaded.name, error)
+            continue
+        if stages_of(experiment) != stages_of(loaded):
+            log.warning(
+                "experiment %s is left out: its config has another graph than the one loaded; press "
+                "`Reload definitions`",
+                loaded.name,
+            )
+            continue
+        keys = {s: asset_key(None if s == "scenarios" else loaded, s) for s in stages_of(loaded)}
+        for key in keys.values():
+            if key not in told:
+                told[key] = instance.get_materialized_partitions(key)
+        lacking = [
+            need
+            for need in needs(
+                workspace, experiment, dataset_root(), {s: told[key] for s, key in keys.items()}
+            )
+            if need.trait in registered
+        ]
+        waiting.update(need.trait for need in lacking if need.trait in busy)
+        free = [need for need in lacking if need.trait not in busy]
+        if free:
+            log.info("%s: %s", loaded.name, in_words(free))
+        for backfill in backfills(loaded, free, known, TRAITS_PER_RUN):
+            for run in backfill.runs:
+                requests.append(_range_request(backfill, run, [keys[stage] for stage in backfill.stages]))
+    if requests:
+        return requests
+    names = ", ".join(experiment.name for experiment in experiments)
+    if waiting:
+        return [dg.SkipReason(f"runs in progress cover what is missing: {', '.join(sorted(waiting)[:10])}")]
+    return [dg.SkipReason(f"everything is up to date: {len(known)} traits in {names or 'no experiment'}")]
+
+
+def _range_request(backfill: Backfill, run: Sequence[str], keys: Sequence[dg.AssetKey]) -> dg.RunRequest:
+    tags = {"trait_assets/launched_by": "nightly_sweep", "trait_assets/experiment": backfill.experiment}
+    if len(run) > 1:
+        tags["dagster/asset_partition_range_start"] = run[0]
+        tags["dagster/asset_partition_range_end"] = run[-1]
+    return dg.RunRequest(
+        run_key=f"{backfill.experiment}/{backfill.stages[0]}/{run[0]}",
+        partition_key=run[0] if len(run) == 1 else None,
+        asset_selection=list(keys),
+        tags=tags,
+    )
+
+
+def build_sweep(experiments: Sequence[Experiment]) -> dg.ScheduleDefinition:
+    """The schedule `nightly_sweep` over the trait assets of these experiments."""
+    from trait_assets.pipeline import stages_of
+    from trait_assets.stage import asset_key
+
+    keys = {asset_key(None, "scenarios")} | {
+        asset_key(None if stage == "scenarios" else experiment, stage)
+        for experiment in experiments
+        for stage in stages_of(experiment)
+    }
+
+    def evaluate(context: dg.ScheduleEvaluationContext) -> Iterator[dg.RunRequest | dg.SkipReason]:
+        # Dagster takes several requests from a generator alone
+        yield from evaluate_sweep(context.instance, context.resources.store.open(), experiments, context.log)
+
+    cron = os.environ.get("TRAITS_SWEEP", SWEEP)
+    try:
+        return dg.ScheduleDefinition(
+            name="nightly_sweep",
+            cron_schedule=cron,
+            target=dg.AssetSelection.assets(*sorted(keys)),
+            execution_fn=evaluate,
+            required_resource_keys={"store"},
+            default_status=dg.DefaultScheduleStatus.RUNNING,
+            description=(
+                "Once a night, whatever is missing, failed or out of date in any trait of any experiment is tried "
+                "again, in batches. TRAITS_SWEEP sets another cron schedule (UTC)."
+            ),
+        )
+    except dg.DagsterInvalidDefinitionError as error:
+        raise UserError(
+            f"`{cron}` is no cron schedule", where="TRAITS_SWEEP", remedy=f"write e.g. TRAITS_SWEEP='{SWEEP}'"
+        ) from error
+
+
 def sensors() -> Iterator[dg.SensorDefinition]:
     yield build_folder_sensor()
     yield build_automation_sensor()
@@ -276,7 +400,9 @@ def sensors() -> Iterator[dg.SensorDefinition]:
 __all__ = [
     "TRAITS",
     "FolderChanges",
+    "build_sweep",
     "evaluate_folders",
+    "evaluate_sweep",
     "folder_changes",
     "keep_fresh",
     "refresh_table",

@@ -23,7 +23,7 @@ from resources.store import StoreResource  # noqa: E402
 from storage.errors import UserError  # noqa: E402
 from trait_assets import paths  # noqa: E402
 from trait_assets.activations.asset import activations_asset  # noqa: E402
-from trait_assets.automation import sensors  # noqa: E402
+from trait_assets.automation import build_sweep, sensors  # noqa: E402
 from trait_assets.checks import CHECKS, stage_checks, table_checks  # noqa: E402
 from trait_assets.evaluation.asset import extraction_evaluation_asset, vector_evaluation_asset  # noqa: E402
 from trait_assets.experiments import Experiment, list_experiments, load_experiment  # noqa: E402
@@ -111,6 +111,7 @@ def build_defs(
         asset_checks=checks,
         resources={**default_resources(), **(resources or {})},
         sensors=list(sensors()),
+        schedules=[build_sweep(experiments)],
         # one process per run: the model that one stage loaded is there for the next
         executor=dg.in_process_executor,
     )

@@ -115,28 +115,23 @@ def test_an_edit_asks_for_that_trait_alone(world):
     assert asked.get("vectors", {"t/b"}) == {"t/b"}
 
 
-def test_a_permanent_failure_is_tried_at_most_once_per_sweep_over_100_ticks(world):
+def test_a_permanent_failure_is_asked_for_once_over_120_ticks(world):
+    """What is left of it is the nightly sweep's."""
     world.folder("t/good", 1)
     world.folder("t/bad", 1)
     world.broken.add("t/bad")
-    tries = 0
-    sweeps = 0
-    hour = world.now.hour
-    for _ in range(120):
-        asked = world.tick(minutes=5)
-        tries += "t/bad" in asked.get("responses", set())
-        sweeps += world.now.hour != hour
-        hour = world.now.hour
-    assert sweeps == 10
-    assert 1 <= tries <= sweeps + 1
+    tries = sum("t/bad" in world.tick(minutes=15).get("responses", set()) for _ in range(120))
+    assert tries == 1
     assert world.instance.get_materialized_partitions(dg.AssetKey("vectors")) == {"t/good"}
 
 
-def test_what_was_missed_is_picked_up_by_the_next_sweep(world):
+def test_an_edit_of_a_trait_that_failed_asks_for_it_again(world):
     world.folder("t/a", 1)
     world.broken.add("t/a")
     world.tick()
     world.broken.clear()
-    asked = [world.tick(minutes=5) for _ in range(13)]
+    assert [world.tick() for _ in range(3)] == [{}] * 3
+    world.folder("t/a", 2)
+    asked = [world.tick() for _ in range(4)]
     assert sum("t/a" in a.get("responses", set()) for a in asked) == 1
     assert world.instance.get_materialized_partitions(dg.AssetKey("vectors")) == {"t/a"}

@@ -25,6 +25,7 @@ from trait_assets.evaluation.evaluation import ExtractionEvaluationStage, Vector
 from trait_assets.pipeline import StageContext, TraitResult, run
 from trait_assets.report.report import ReportStage, report_key
 from trait_assets.scenarios.vetting import Candidate, apply_thresholds
+from trait_assets.stages import code_versions
 from trait_assets.vectors.extraction import VectorsStage
 
 HOSTILE = "</script><script>window.pwned = 1</script><img src=x onerror='window.pwned = 1'>\u2028&amp;"
@@ -74,7 +75,7 @@ class Stored:
                 [stage, trait, sorted(r.sha256 for r in records.values()), options or {}]
             ),
             status=status,
-            code_version="7",
+            code_version=code_versions()[stage],
             run_id="run-of-the-test",
             created_at=datetime.now(UTC).isoformat(timespec="milliseconds"),
             options=options or {},

@@ -302,13 +302,15 @@ def status_rows(
     *,
     verify_files: bool = True,
 ) -> list[dict[str, Any]]:
-    """trait × stage with state and reason. A stage is stale when an input's fingerprint has moved on since.
+    """trait × stage with state and reason. A stage is stale when an input's fingerprint or its own code has moved on since.
 
     `verify_files` False: the files themselves are not hashed, so damage inside one is not seen.
     """
     from trait_assets.scenarios.dataset import discover, trait_hash
+    from trait_assets.stages import code_versions
 
     found = discover(dataset_root)
+    versions = code_versions()
     rows = []
     for trait in [*found.traits, *found.problems]:
         if not experiment.covers(trait) or (wanted and trait not in wanted):
@@ -321,7 +323,7 @@ def status_rows(
         for stage in stages:
             shared = stage == "scenarios"
             scope = None if shared else experiment.name
-            state, reason = _state(workspace, read, scope, stage, trait, verify_files)
+            state, reason = _state(workspace, read, scope, stage, trait, verify_files, versions[stage])
             if state == "current" and shared and trait in found.traits:
                 manifest = read(None, stage, trait)
                 assert manifest is not None
@@ -336,7 +338,13 @@ _Read = Callable[[str | None, str, str | None], Manifest | None]
 
 
 def _state(
-    workspace: Workspace, read: _Read, experiment: str | None, stage: str, trait: str, verify_files: bool
+    workspace: Workspace,
+    read: _Read,
+    experiment: str | None,
+    stage: str,
+    trait: str,
+    verify_files: bool,
+    code_version: str,
 ) -> tuple[str, str | None]:
     try:
         manifest = read(experiment, stage, trait)
@@ -355,6 +363,11 @@ def _state(
     problems = workspace.manifests.verify(manifest) if verify_files else []
     if problems:
         return "damaged", "; ".join(problems[:3])
+    if manifest.code_version != code_version:
+        return (
+            "stale",
+            f"made by version {manifest.code_version} of this stage, which is at {code_version} now",
+        )
     return _staleness(read, manifest)
 
 
