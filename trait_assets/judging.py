@@ -7,12 +7,14 @@ this module. The rules of keeping are in `scenarios/vetting.py`, the judges in `
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
-from resources.judges.protocol import JudgeItem, TraitContext
+from resources.judges.protocol import Judge, JudgeItem, TraitContext
 from storage import keys
+from storage.artifacts import ArtifactStore
 from storage.errors import UserError
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.progress import Task
@@ -43,26 +45,36 @@ def trait_context(scenarios: ScenarioSet) -> TraitContext:
 
 
 class Spending:
-    """Notes on a progress task what a judge has spent so far: at most every `interval` seconds, and at the end.
-    A judge that sends no requests is not spoken of."""
+    """Notes on a progress task what a judge has spent so far, and of which budget: at most every `interval` seconds, and
+    at the end. A judge that sends no requests is not spoken of."""
 
     def __init__(self, task: Task, interval: float = 5.0) -> None:
         self._task = task
         self._interval = interval
         self._said = time.monotonic()
 
-    def show(self, read: Callable[[], Mapping[str, float]], *, last: bool = False) -> None:
+    def show(self, usage: Mapping[str, float], *, last: bool = False) -> None:
+        """`usage`: what `Judge.usage` says."""
         now = time.monotonic()
         if now - self._said < self._interval and not last:
             return
         self._said = now
-        usage = read()
         if not usage.get("requests"):
             return
         tokens = usage["prompt_tokens"] + usage["completion_tokens"]
         cost = f", {usage['cost_usd']:.4f} USD" if usage.get("priced") else ""
+        budget = [
+            f"{usage[f'budget_{name}_spent']:{form}} of {usage[f'budget_{name}']:{form}} {unit}"
+            for name, form, unit in (
+                ("calls", ",.0f", "calls"),
+                ("tokens", ",.0f", "tokens"),
+                ("usd", ".4f", "USD"),
+            )
+            if f"budget_{name}" in usage
+        ]
         self._task.note(
             f"{usage['calls']:,.0f} calls, {usage.get('retries', 0):,.0f} retries, {tokens:,.0f} tokens{cost}"
+            + (f"; budget: {', '.join(budget)}" if budget else "")
         )
 
 
@@ -90,7 +102,6 @@ class _VettingStage:
         }
 
     def execute(self, ctx: StageContext, plans: Sequence[Plan]) -> Iterator[Outcome]:
-        judge = ctx.judges.judge(lambda trait: ctx.workspace.row_cache("judgements", trait))
         items: list[JudgeItem] = []
         owners: list[Plan] = []
         for plan in plans:
@@ -98,25 +109,22 @@ class _VettingStage:
                 items.append(row.item)
                 owners.append(plan)
         judgements: list[Any] = []
-        spent = judge.usage()
         with ctx.progress.task(f"{self.name} · {len(items)} texts", len(items)) as task:
             spending = Spending(task)
+            judge = ctx.judges.judge(
+                lambda trait: ctx.workspace.row_cache("judgements", trait), on_progress=spending.show
+            )
             for owner, judgement in zip(owners, judge.score(items), strict=True):
                 task.advance(1)
-                spending.show(judge.usage)
                 judgements.append(judgement)
                 if len(judgements) == len(owner.payload):
-                    total = judge.usage()
-                    work = {name: total[name] - spent.get(name, 0) for name in total}
-                    spent = total
-                    yield self._outcome(ctx, owner, judgements, judge, work)
+                    yield self._outcome(ctx, owner, judgements, judge)
                     judgements = []
-            spending.show(judge.usage, last=True)
+            spending.show(judge.usage(), last=True)
 
-    def _outcome(
-        self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Any, work: dict[str, float]
-    ) -> Outcome:
+    def _outcome(self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Judge) -> Outcome:
         e, trait = ctx.experiment, plan.owner
+        work = judge.usage(trait)
         vetting = apply_thresholds(
             [
                 Candidate(row.name, row.polarity, judgement, row.text, row.pair)
@@ -129,14 +137,17 @@ class _VettingStage:
             pair_aware=e.pair_filter,
             subject=self.subject,
         )
+        store, failed = ctx.workspace.store, keys.extraction(e.name, trait, "vetting", f"failed_{self.file}")
+        tables = {"worst": list(vetting.worst), "histogram": _histogram(vetting)}
         try:
             vetting.raise_if_failed(trait)
         except UserError as error:
             # the scores stay: they explain the failure, and the judge's answers are in its cache
-            key = keys.extraction(e.name, trait, "vetting", f"failed_{self.file}")
-            ctx.workspace.store.write_json(key, {**vetting.to_json(), "judge": plan.options["judge"]})
-            error.add_note(ctx.workspace.store.describe(key))
-            return Outcome(trait, error=error)
+            store.write_json(failed, {**vetting.to_json(), "judge": plan.options["judge"]})
+            remedy = f"all scores are in {store.describe(failed)}"
+            return Outcome(
+                trait, error=UserError(error.what, where=error.where, remedy=remedy), tables=tables
+            )
         return Outcome(
             trait,
             files={
@@ -161,7 +172,7 @@ class _VettingStage:
                 for name, value in vetting.summary().items()
                 if isinstance(value, (int, float)) and not isinstance(value, bool)
             ],
-            tables={"worst": list(vetting.worst), "histogram": _histogram(vetting)},
+            tables=tables,
             checks=[
                 Check(
                     "abstention_rate",
@@ -178,6 +189,8 @@ class _VettingStage:
                     values={"contrast": vetting.contrast},
                 ),
             ],
+            # what is kept now is no failure any more
+            after_commit=partial(_forget, store, failed),
         )
 
 
@@ -267,6 +280,10 @@ class VettedResponsesStage(_VettingStage):
 def judge_name(identity: dict[str, Any]) -> str:
     """How a judge is called wherever one of its scores is shown."""
     return str(identity.get("model") or identity.get("name") or identity.get("kind") or "unknown")
+
+
+def _forget(store: ArtifactStore, key: str) -> None:
+    store.delete(key)
 
 
 def _histogram(vetting: Vetting) -> list[dict[str, Any]]:

@@ -31,7 +31,7 @@ from storage.text import well_formed, well_formed_tree
 from trait_assets.index_rows import detail_rows
 
 if TYPE_CHECKING:
-    from resources.judges.protocol import CacheFor, Judge, ReferenceLogprob
+    from resources.judges.protocol import CacheFor, Judge, OnProgress, ReferenceLogprob
     from resources.models.language_model import LanguageModel
     from resources.models.rows import ModelIdentity, ModelSpec
     from resources.models.server import GenerationServer, ServedModel
@@ -80,7 +80,12 @@ class Judges(Protocol):
 
     def identity(self) -> dict[str, Any]: ...
 
-    def judge(self, cache_for: CacheFor, reference: ReferenceLogprob | None = None) -> Judge: ...
+    def judge(
+        self,
+        cache_for: CacheFor,
+        reference: ReferenceLogprob | None = None,
+        on_progress: OnProgress | None = None,
+    ) -> Judge: ...
 
 
 def stages_of(experiment: Experiment) -> list[str]:
@@ -284,7 +289,7 @@ State = Literal["done", "current", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class TraitResult:
-    """How one trait fared. `manifest` is None for a failure; `reason` says why."""
+    """How one trait fared. `manifest` is None for a failure; `reason` says why, and `tables` show it."""
 
     trait: str | None
     state: State
@@ -292,6 +297,7 @@ class TraitResult:
     reason: str | None = None
     detail: str | None = None
     index_behind: bool = False
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
 
 
 def stage_fingerprint(stage: Stage, plan: Plan) -> str:
@@ -358,7 +364,8 @@ def _execute(stage: Stage, ctx: StageContext, pending: list[Plan]) -> Iterator[T
         for outcome in stage.execute(ctx, pending):
             plan = open_plans.pop(outcome.trait)
             if outcome.error is not None:
-                yield _failed(ctx, stage, plan.trait, outcome.error)
+                failure = _failed(ctx, stage, plan.trait, outcome.error)
+                yield replace(failure, tables=outcome.tables)
                 continue
             outcome.summary.setdefault("seconds_since_start", round(time.monotonic() - started, 2))
             try:

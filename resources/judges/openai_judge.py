@@ -118,8 +118,9 @@ class OpenAIJudge:
         return openai_identity(self.settings)
 
     def usage(self, trait: str | None = None) -> dict[str, float]:
-        """Besides what the protocol names: requests and retries, and whether the cost is known (`priced` 1 or
-        0)."""
+        """Besides what the protocol names: requests and retries, whether the cost is known (`priced` 1 or 0),
+        and for each budget what this process has spent of it: budget_calls, budget_calls_spent …, also of
+        tokens and usd."""
         price = self.settings.price()
         if trait is not None:
             counts = self._of_trait.get(trait, Counter())
@@ -140,18 +141,21 @@ class OpenAIJudge:
             "priced": 0.0 if price is None else 1.0,
         }
         if trait is None:
-            usage |= {"requests": float(spent.requests), "retries": float(spent.retries)}
+            usage |= {"requests": float(spent.requests), "retries": float(spent.retries)} | self._budget()
         return usage
 
-    def budget(self) -> dict[str, tuple[float, float]]:
-        """What is limited → (spent in this process, limit); all judges of the process share it."""
+    def _budget(self) -> dict[str, float]:
         s, ledger = self.settings, ledger_of(self.settings)
         limits = {
-            "calls": (float(ledger.calls), float(s.max_calls)),
-            "tokens": (float(ledger.prompt_tokens + ledger.completion_tokens), float(s.max_tokens)),
-            "USD": (ledger.cost(s.price()), float(s.max_cost_usd)),
+            "calls": (s.max_calls, ledger.calls),
+            "tokens": (s.max_tokens, ledger.prompt_tokens + ledger.completion_tokens),
+            "usd": (s.max_cost_usd, ledger.cost(s.price())),
         }
-        return {name: (spent, limit) for name, (spent, limit) in limits.items() if limit}
+        named: dict[str, float] = {}
+        for name, (limit, spent) in limits.items():
+            if limit:
+                named |= {f"budget_{name}": float(limit), f"budget_{name}_spent": float(spent)}
+        return named
 
     def _count(self, trait: str, **amounts: int) -> None:
         of_trait = self._of_trait.setdefault(trait, Counter())

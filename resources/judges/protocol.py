@@ -88,6 +88,10 @@ CacheFor = Callable[[str], RowCacheLike]
 ReferenceLogprob = Callable[[Sequence[tuple[str, tuple[int, ...], tuple[int, ...]]]], Mapping[str, float]]
 
 
+# called now and then, from the thread that reads the scores, with what `Judge.usage` says
+OnProgress = Callable[[Mapping[str, float]], None]
+
+
 class Judge(Protocol):
     """Scores items in order, one judgement each, streaming as they come.
 

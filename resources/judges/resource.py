@@ -9,13 +9,12 @@ load.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import dagster as dg
 from pydantic import Field
 
-from resources.judges.protocol import CacheFor, Judge, ReferenceLogprob
+from resources.judges.protocol import CacheFor, Judge, OnProgress, ReferenceLogprob
 from storage.errors import UserError
 
 
@@ -93,7 +92,7 @@ class JudgeResource(dg.ConfigurableResource):
         self,
         cache_for: CacheFor,
         reference: ReferenceLogprob | None = None,
-        on_progress: Callable[[Mapping[str, float]], None] | None = None,
+        on_progress: OnProgress | None = None,
     ) -> Judge:
         """A judge that keeps its answers in `cache_for(trait)`.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -34,26 +35,43 @@ def test_spending_is_said_while_the_judge_works(openai_server: Any, tmp_path: Pa
         model="loopback-1",
         base_url=openai_server.base_url,
         max_concurrency=4,
+        max_calls=1000,
+        max_cost_usd=5.0,
         prompt_usd_per_million=10.0,
         completion_usd_per_million=10.0,
     )
-    judge = OpenAIJudge(settings, lambda trait: RowCache(store, "judgements"), api_key="k")
-    context = TraitContext("mood/loud", "HIGH: loud.\n\nLOW: quiet.")
     notes = Notes()
     spending = Spending(notes, interval=0.05)
-    for _ in judge.score([JudgeItem(str(i), "steering", context, "q", f"text {i}") for i in range(60)]):
-        spending.show(judge.usage)
-    spending.show(judge.usage, last=True)
-    assert len(notes.said) >= 2
+    judge = OpenAIJudge(settings, lambda trait: RowCache(store, "judgements"), spending.show, api_key="k")
+    context = TraitContext("mood/loud", "HIGH: loud.\n\nLOW: quiet.")
+    items = [JudgeItem(str(i), "steering", context, "q", f"text {i}") for i in range(60)]
+
+    def script(request: Any) -> Any:
+        # the first one hangs for a while: nothing is handed out, and yet it is said what goes on
+        reply = sys.modules[type(openai_server).__module__].Reply
+        return (
+            reply(200, openai_server.scored(50, request), delay_s=1.3)
+            if "text 0\n" in request.prompt
+            else None
+        )
+
+    openai_server.script = script
+    judged = judge.score(items)
+    next(judged)
+    assert notes.said
+    list(judged)
+    spending.show(judge.usage(), last=True)
     calls = [int(said.split()[0]) for said in notes.said]
     assert calls == sorted(calls)
     # 60 answers of 101 tokens at ten dollars per million
-    assert notes.said[-1] == "60 calls, 0 retries, 6,060 tokens, 0.0606 USD"
+    assert notes.said[-1] == (
+        "60 calls, 0 retries, 6,060 tokens, 0.0606 USD; budget: 60 of 1,000 calls, 0.0606 of 5.0000 USD"
+    )
 
 
 def test_a_judge_that_sends_nothing_is_not_spoken_of() -> None:
     notes = Notes()
-    Spending(notes, interval=0).show(lambda: {"calls": 5.0, "cost_usd": 0.0}, last=True)
+    Spending(notes, interval=0).show({"calls": 5.0, "cost_usd": 0.0}, last=True)
     assert notes.said == []
 
 

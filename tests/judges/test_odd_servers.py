@@ -384,7 +384,9 @@ def test_two_judges_in_two_threads_share_one_budget(openai_server: Any, make: An
         0,
         0,
     )
-    assert judges[0].budget() == {"calls": (40.0, 40.0)}
+    usage = judges[0].usage()
+    assert (usage["budget_calls"], usage["budget_calls_spent"]) == (40, 40)
+    assert "budget_tokens" not in usage
 
 
 def test_usage_is_told_apart_by_trait(openai_server: Any, make: Any) -> None:

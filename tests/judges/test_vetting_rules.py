@@ -100,6 +100,22 @@ def test_the_abstention_gate_names_the_reasons() -> None:
     assert apply_thresholds(rows(sides, [10.0] * 20), max_abstention_rate=0.10).passed
 
 
+@pytest.mark.parametrize(
+    ("reason", "advice"),
+    [
+        ("low_mass", "judge.scoring=text"),
+        ("truncated", "context length"),
+        ("timeout", "run again"),
+        ("refusal", "judge-check"),
+    ],
+)
+def test_the_abstention_gate_says_what_mends_the_commonest_reason(reason: str, advice: str) -> None:
+    sides: list[float | str] = [*[90.0] * 15, *[reason] * 4, "empty"]
+    (problem,) = apply_thresholds(rows(sides, [10.0] * 20)).problems
+    assert advice in problem
+    assert "max_abstention_rate" in problem
+
+
 def test_worst_offenders_first_and_in_one_line() -> None:
     candidates = rows([59.0, 10.0], [95.0, 41.0])
     candidates.append(

@@ -77,7 +77,7 @@ class Judges:
     def identity(self) -> dict[str, Any]:
         return dict(self._judge.identity)
 
-    def judge(self, cache_for: Any, reference: Any = None) -> DigitJudge:
+    def judge(self, cache_for: Any, reference: Any = None, on_progress: Any = None) -> DigitJudge:
         return self._judge
 
 

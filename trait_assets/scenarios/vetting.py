@@ -329,6 +329,21 @@ def _row(candidate: Candidate, verdict: str) -> dict[str, Any]:
     return row
 
 
+_NO_ANSWER = {"timeout", "server_error", "rate_limited", "connection", "bad_response", "rejected"}
+
+
+def _advice(abstained: dict[str, tuple[str, ...]]) -> str:
+    """What mends the commonest reason."""
+    reason = max(sorted(abstained), key=lambda name: len(abstained[name]))
+    if reason == "low_mass":
+        return "let its text be read (`--set judge.scoring=text`) or try another judge model with `traits judge-check`"
+    if reason == "truncated":
+        return "raise the context length of the judge's server, then ask again (`--set judge.retry_abstentions=true`)"
+    if reason in _NO_ANSWER:
+        return "run again when the judge's server is well: only what has no answer is asked"
+    return "try another judge model with `traits judge-check`"
+
+
 def _problems(
     sides: dict[Polarity, SideSummary],
     abstained: dict[str, tuple[str, ...]],
@@ -344,7 +359,7 @@ def _problems(
         problems.append(
             f"the judge abstained on {silent} of {total} {subject} "
             f"({silent / total:.0%}, limit {max_abstention_rate:.0%}): {reasons}; "
-            "try another judge model with `traits judge-check`, or raise max_abstention_rate"
+            f"{_advice(abstained)}, or raise max_abstention_rate"
         )
     for polarity in POLARITIES:
         side = sides[polarity]

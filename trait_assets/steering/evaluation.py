@@ -18,7 +18,7 @@ from resources.models.rows import CaptureRow, GenerationOptions, GenerationRow
 from storage import keys
 from storage.errors import UserError
 from storage.manifest import Manifest, fingerprint
-from trait_assets.judging import judge_name, trait_context
+from trait_assets.judging import Spending, judge_name, trait_context
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.dataset import ScenarioSet
 from trait_assets.scenarios.selection import read_scenario_set
@@ -319,11 +319,12 @@ class Bench:
         self._model = model
         self._rows: dict[str, Any] = {}
         self._judgements: dict[str, Any] = {}
-        self.judge = ctx.judges.judge(self._judgement_cache, Reference(model))
+        self.judge = ctx.judges.judge(self._judgement_cache, Reference(model), on_progress=self._spent)
         self.options = GenerationOptions(
             max_new_tokens=e.steer.max_new_tokens, temperature=e.steer.temperature, seed=e.seed
         )
         self._task: Any = None
+        self._spending: Spending | None = None
         self.scorer: Scorer = Scorer(
             self._generate,
             self.judge.score,
@@ -352,15 +353,20 @@ class Bench:
         if self._task is not None:
             self._task.advance(rows, tokens=tokens)
 
+    def _spent(self, usage: Mapping[str, float]) -> None:
+        if self._spending is not None:
+            self._spending.show(usage)
+
     def answers(self, asked: Mapping[str, tuple[Task, Sequence[Any]]]) -> dict[str, Any]:
         settings = sum(len(requests) for _, requests in asked.values())
         rows = sum(len(task.questions.of(r.half)) for task, requests in asked.values() for r in requests)
         with self._ctx.progress.task(f"steering · {settings} settings, {rows} answers", rows) as task:
-            self._task = task
+            self._task, self._spending = task, Spending(task)
             try:
                 return self.scorer.answers(asked)
             finally:
-                self._task = None
+                self._spending.show(self.judge.usage(), last=True)
+                self._task = self._spending = None
 
     def norms(self, trait: str, task: Task, answers: Sequence[Answer]) -> list[float]:
         """[n_layers] median ‖h‖ of the steered model over its own unsteered answers, token 0 left out.
