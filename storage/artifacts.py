@@ -35,6 +35,11 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp")
 _OBJECT_STORES = frozenset({"s3", "s3a", "gs", "gcs", "abfs", "abfss", "az", "adl", "oss", "http", "https"})
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+# What some network file systems answer when a folder is to be synced.
+_NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
+# What tells one version of an object from the next, where a store lists it; names differ by store.
+_MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
+_RETRIES = 8
 
 
 # The fields and methods below are named like the types.
@@ -138,6 +143,8 @@ class ArtifactStore:
         elif not isinstance(root, UPath):
             # A cached listing would hide what another process wrote.
             given = UPath(os.fspath(root), use_listings_cache=False)
+        # Links inside the root may not lead out of it; the root itself may be one.
+        self._real = None if self._local is None else os.path.realpath(self._local)
         self.root: UPath = given
         self._fs = None if self._local is not None else given.fs
         self._base = given.path.rstrip("/")
@@ -179,6 +186,20 @@ class ArtifactStore:
         """What to show a human: an absolute path or a URL."""
         return str(self._path(key)) if self._local is not None else f"{str(self.root).rstrip('/')}/{key}"
 
+    def _refuse_way_out(self, path: Path) -> None:
+        """UserError where a link below the root would have `path` written or removed somewhere else."""
+        assert self._real is not None
+        real = os.path.realpath(path.parent)
+        if real != self._real and not real.startswith(self._real.rstrip(os.sep) + os.sep):
+            # the root may have become a link since, or have been one that was set anew
+            self._real = os.path.realpath(str(self._local))
+            if real != self._real and not real.startswith(self._real.rstrip(os.sep) + os.sep):
+                raise UserError(
+                    f"a link leads out of the results folder, to {real}",
+                    where=str(path),
+                    remedy=f"Remove the link, or make {self._local} itself the link.",
+                )
+
     # Writing
 
     def write_bytes(self, key: str, data: bytes) -> FileRecord:
@@ -187,6 +208,7 @@ class ArtifactStore:
         record = FileRecord.of(data)
         try:
             if self._local is not None:
+                self._refuse_way_out(self._path(key))
                 self._write_local(self._path(key), data)
             else:
                 self._write_remote(self._url(key), data)
@@ -198,31 +220,42 @@ class ArtifactStore:
                     remedy="Free some space and run again; everything finished before is kept.",
                 ) from error
             if error.errno in _READ_ONLY or isinstance(
-                error, NotADirectoryError | IsADirectoryError | FileExistsError
+                error,
+                NotADirectoryError
+                | IsADirectoryError
+                | FileExistsError
+                | FileNotFoundError
+                | PermissionError,
             ):
                 raise UserError(
                     f"this file cannot be written ({error.strerror or error})",
                     where=self.describe(key),
-                    remedy="Check the folder's owner, permissions and mount.",
+                    remedy="Check that the folder or bucket exists, its owner, permissions and mount.",
                 ) from error
             raise
         return record
 
     @staticmethod
     def _write_local(path: Path, data: bytes) -> None:
-        _make_folders(path.parent)
-        temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
-        try:
-            with open(temporary, "xb") as file:
-                file.write(data)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, path)
-        except BaseException:
-            with suppress(OSError):
-                temporary.unlink()
-            raise
-        _sync_folder(path.parent)
+        for attempt in range(_RETRIES):
+            temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
+            try:
+                _make_folders(path.parent)
+                with open(temporary, "xb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                os.replace(temporary, path)
+                _sync_folder(path.parent)
+                return
+            except FileNotFoundError:
+                # another process has just removed the folder, which was empty for it
+                if attempt == _RETRIES - 1:
+                    raise
+            except BaseException:
+                with suppress(OSError):
+                    temporary.unlink()
+                raise
 
     def _write_remote(self, url: str, data: bytes) -> None:
         assert self._fs is not None
@@ -257,6 +290,12 @@ class ArtifactStore:
                 "the file is missing",
                 where=self.describe(key),
                 remedy="Run its stage again; it is rebuilt from what is there.",
+            ) from error
+        except PermissionError as error:
+            raise UserError(
+                f"the file cannot be read ({error.strerror or error})",
+                where=self.describe(key),
+                remedy="Check its owner and permissions, or the credentials of the store.",
             ) from error
         if expect is not None and (problem := expect.problem(data)) is not None:
             raise ArtifactError(
@@ -296,6 +335,26 @@ class ArtifactStore:
         except FileNotFoundError as error:
             raise ArtifactError("the file is missing", where=self.describe(key)) from error
 
+    def mark(self, key: str) -> str | None:
+        """What changes when the file is written again, without reading it; None when it is missing."""
+        try:
+            if self._local is not None:
+                return _mark_of(self._path(key).stat())
+            assert self._fs is not None
+            self._fs.invalidate_cache()
+            return _mark_of_object(self._fs.info(self._url(key)))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
+
+    def marks(self, prefix: str = "") -> dict[str, str]:
+        """Key → mark of all files under the folder `prefix`, by listing it."""
+        if self._local is not None:
+            found = {key: self.mark(key) for key in self.list(prefix)}
+            return {key: mark for key, mark in found.items() if mark is not None}
+        if prefix:
+            self.check_key(prefix)
+        return {key: _mark_of_object(info) for key, info in self._walk_remote(prefix)}
+
     def list(self, prefix: str = "") -> _Keys:
         """All keys under the folder `prefix` (recursive, sorted; unfinished and hidden files left out)."""
         if prefix:
@@ -313,15 +372,18 @@ class ArtifactStore:
                     if not name.startswith("."):
                         yield f"{relative}/{name}" if relative else name
             return
+        yield from (key for key, _ in self._walk_remote(prefix))
+
+    def _walk_remote(self, prefix: str) -> Iterator[tuple[str, dict[str, Any]]]:
         assert self._fs is not None
         self._fs.invalidate_cache()
         top_url = f"{self._base}/{prefix}" if prefix else self._base
-        for url in self._fs.find(top_url):
-            key = url[len(self._base) :].lstrip("/") if url.startswith(self._base) else ""
-            # `find` of a plain file gives the file itself
-            inside = bool(key) and (not prefix or key.startswith(f"{prefix}/"))
+        for url, info in self._fs.find(top_url, detail=True).items():
+            key = url[len(self._base) :].lstrip("/") if url.startswith(f"{self._base}/") else ""
+            # `find` of a plain file gives the file itself; consoles leave objects named like folders
+            inside = bool(key) and not key.endswith("/") and (not prefix or key.startswith(f"{prefix}/"))
             if inside and not any(part.startswith(".") for part in key.split("/")):
-                yield key
+                yield key, info
 
     def children(self, prefix: str = "") -> _Keys:
         """Names directly under the folder `prefix`, sorted; hidden ones left out."""
@@ -336,11 +398,17 @@ class ArtifactStore:
         else:
             assert self._fs is not None
             self._fs.invalidate_cache()
+            top_url = f"{self._base}/{prefix}" if prefix else self._base
             try:
-                listed = self._fs.ls(f"{self._base}/{prefix}" if prefix else self._base, detail=False)
+                listed = self._fs.ls(top_url, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
-            names = [url.rstrip("/").rsplit("/", 1)[-1] for url in listed]
+            # the listing of a file is the file itself, that of a folder may name the folder
+            names = [
+                url.rstrip("/").rsplit("/", 1)[-1]
+                for url in listed
+                if url.rstrip("/").rpartition("/")[0].lstrip("/") == top_url.lstrip("/")
+            ]
         return sorted({name for name in names if name and not name.startswith(".")})
 
     # Removing
@@ -349,6 +417,7 @@ class ArtifactStore:
         """Remove one file; False when it was not there."""
         try:
             if self._local is not None:
+                self._refuse_way_out(self._path(key))
                 self._path(key).unlink()
                 return True
             assert self._fs is not None
@@ -363,6 +432,8 @@ class ArtifactStore:
     def delete_tree(self, prefix: str) -> int:
         """Remove everything under the folder `prefix` and the folder itself; gives the number of files."""
         self.check_key(prefix)
+        if self._local is not None:
+            self._refuse_way_out(self._path(prefix) / "x")
         keys = self.list(prefix)
         for key in keys:
             self.delete(key)
@@ -421,5 +492,18 @@ def _sync_folder(folder: Path) -> None:
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in _NO_FOLDER_SYNC:
+            raise
     finally:
         os.close(descriptor)
+
+
+def _mark_of(stat: os.stat_result) -> str:
+    return f"{stat.st_size}-{stat.st_mtime_ns}-{stat.st_ino}"
+
+
+def _mark_of_object(info: dict[str, Any]) -> str:
+    # one name alone: times differ in precision between the ways to ask
+    version = next((str(info[name]).strip('"') for name in _MARKS if info.get(name)), "")
+    return f"{info.get('size')}-{version}"

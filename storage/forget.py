@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 
-from storage import keys
+from storage import keys, published
 from storage.errors import UserError
 from storage.index import ROW_TABLES
 from storage.workspace import Workspace
@@ -51,6 +51,8 @@ def forget(workspace: Workspace, trait: str, *, dry_run: bool = False) -> Forgot
         workspace.store.delete(key)
     for folder in dict.fromkeys(_folders_of(workspace, trait)):
         workspace.store.delete_tree(folder)
+    # the snapshot for other machines has the rows, too; whoever publishes makes another
+    published.remove(workspace.store)
     try:
         workspace.index.rebuild()
     except UserError as error:

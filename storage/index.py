@@ -6,6 +6,10 @@ tree of what a number was made from (`lineage.py`), writing Parquet (`metrics.py
 DuckDB locks its file for one process at a time, and one open reader refuses every writer. So a writer
 announces its files in a folder of notes first, tries for a while to get the lock, and leaves the notes to
 the next writer when it does not get it.
+
+Many machines share one store: each may have an index of its own, which reads the store's files and so needs
+no other machine; runs there may leave it alone (`kept=False`); and one writer puts a snapshot into the store
+(`publish`), with which a machine that has no index begins instead of reading every small file.
 """
 
 from __future__ import annotations
@@ -30,10 +34,10 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from storage import keys
+from storage import keys, published
 from storage.artifacts import ArtifactStore
 from storage.errors import ArtifactError, UserError
-from storage.manifest import Manifest, Manifests, history_key
+from storage.manifest import Manifest, Manifests, history_key, parse
 from storage.text import well_formed, well_formed_tree
 
 if TYPE_CHECKING:
@@ -57,12 +61,18 @@ ROW_TABLES = (
     "metrics",
 )
 _CHUNK = 500
+# How DuckDB says that somebody else has the file: another process (Linux and macOS, Windows), this process.
+_LOCKED = ("Could not set lock", "being used by another process", "different configuration")
 # How long a note whose file does not exist (its writer was killed in between, or is still writing) is kept.
 _NOTE_HOURS = 1.0
 
 # duckdb refuses to open one file twice in one process in different modes, so threads take turns
 _path_locks: dict[str, threading.RLock] = {}
 _path_locks_guard = threading.Lock()
+
+
+# experiment, stage, trait
+Place = tuple[str | None, str, str | None]
 
 
 class IndexBusy(Exception):
@@ -93,11 +103,20 @@ def schema_mark() -> str:
 
 class LineageIndex:
     """`path`: the database file, on a local disk. `patience`: seconds to wait for the lock before being
-    behind.
+    behind. `kept`: whether what this process commits goes into the index at once; where it does not, the
+    index finds it in the store as soon as somebody asks.
     """
 
-    def __init__(self, store: ArtifactStore, path: str | os.PathLike[str], *, patience: float = 10.0) -> None:
+    def __init__(
+        self,
+        store: ArtifactStore,
+        path: str | os.PathLike[str],
+        *,
+        patience: float = 10.0,
+        kept: bool = True,
+    ) -> None:
         self.store = store
+        self.kept = kept
         self.path = Path(os.path.abspath(path))
         self.patience = patience
         self.notes = self.path.with_name(self.path.name + ".pending")
@@ -129,7 +148,7 @@ class LineageIndex:
                     break
                 except (duckdb.IOException, duckdb.ConnectionException) as error:
                     text = str(error)
-                    if "lock" not in text and "different configuration" not in text:
+                    if not any(said in text for said in _LOCKED):
                         raise
                     if time.monotonic() >= deadline:
                         raise IndexBusy(text) from error
@@ -160,8 +179,11 @@ class LineageIndex:
     def announce(self, sources: Sequence[str]) -> Path | None:
         """Leave a note that these files are (about to be) there; whoever writes next takes them in.
 
-        Where no note can be left (a full disk), this process keeps it in mind, and None is returned.
+        Where no note can be left (a full disk), this process keeps it in mind, and None is returned; also
+        where the index is not kept.
         """
+        if not self.kept:
+            return None
         note = self.notes / f"{time.time_ns():020d}-{uuid.uuid4().hex}.json"
         temporary = note.with_suffix(".tmp")
         try:
@@ -178,8 +200,10 @@ class LineageIndex:
 
     def take_in(self) -> Indexed:
         """Take in everything that was announced. Never raises for the database's sake: "index_behind"
-        says it all.
+        says it all. Does nothing where the index is not kept.
         """
+        if not self.kept:
+            return "indexed"
         try:
             # who was refused once does not let every further trait wait as long
             with self.connect(
@@ -225,11 +249,11 @@ class LineageIndex:
         sources: list[str] = []
         for note in self._note_paths():
             try:
-                named = json.loads(note.read_text(encoding="utf-8"))
+                named = [ArtifactStore.check_key(key) for key in json.loads(note.read_text(encoding="utf-8"))]
                 age = time.time() - note.stat().st_mtime
             except FileNotFoundError:
                 continue
-            except ValueError:  # a torn note, after a power cut
+            except (ValueError, TypeError, UserError):  # torn by a power cut, or no note of ours
                 done.append(note)
                 continue
             present = [source for source in named if self.store.exists(source)]
@@ -274,12 +298,13 @@ class LineageIndex:
         connection.execute("INSERT INTO about VALUES (?)", [schema_mark()])
         connection.execute("COMMIT")
 
+    def _tops(self) -> list[str]:
+        return [top for top in self.store.children() if top == keys.SHARED or not top.startswith("_")]
+
     def sources_on_disk(self) -> list[str]:
         """Storage keys of all files that the index is made of."""
         found: list[str] = []
-        for top in self.store.children():
-            if top != keys.SHARED and top.startswith("_"):
-                continue
+        for top in self._tops():
             found += [key for key in self.store.list(f"{top}/history") if key.endswith(".json")]
             found += [key for key in self.store.list(f"{top}/metrics") if key.endswith(".parquet")]
         return found
@@ -293,12 +318,31 @@ class LineageIndex:
             self._ingest_chunk(connection, unique[start : start + _CHUNK])
 
     def _ingest_chunk(self, connection: duckdb.DuckDBPyConnection, sources: list[str]) -> None:
+        self._ingest_loaded(connection, dict(zip(sources, self._load(sources), strict=True)))
+
+    def _ingest_loaded(self, connection: duckdb.DuckDBPyConnection, loaded: dict[str, Any]) -> None:
+        """One transaction; where a file's content is refused, it alone is left out, with a warning."""
+        import duckdb
+
+        try:
+            self._put(connection, loaded)
+        except (duckdb.DataError, duckdb.IntegrityError, duckdb.InvalidInputException) as error:
+            sources = list(loaded)
+            if len(sources) == 1:
+                why = str(error).splitlines()[0]
+                log.warning("left out of the index: %s: %s", self.store.describe(sources[0]), why)
+                return
+            half = len(sources) // 2
+            for part in (sources[:half], sources[half:]):
+                self._ingest_loaded(connection, {source: loaded[source] for source in part})
+
+    def _put(self, connection: duckdb.DuckDBPyConnection, loaded: dict[str, Any]) -> None:
         import pyarrow as pa
 
-        loaded = dict(zip(sources, self._load(sources), strict=True))
+        sources = list(loaded)
         schemas = {
             name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-            for name in ("sources", "manifests", "inputs", "current_pointers", *ROW_TABLES)
+            for name in ("sources", "seen", "manifests", "inputs", "current_pointers", *ROW_TABLES)
         }
         manifests = [content for content in loaded.values() if isinstance(content, tuple)]
         parts: dict[str, list[pa.Table]] = {name: [] for name in ROW_TABLES}
@@ -311,15 +355,14 @@ class LineageIndex:
             {"source": source, "indexed_at": now} for source, content in loaded.items() if content is not None
         ]
         touched = {(m.experiment, m.stage, m.trait) for m, _ in manifests}
-        pointers = self._pointers(touched)
+        pointers, seen = self._pointers(touched)
         connection.execute("BEGIN")
         try:
-            self._remove(connection, sources, ("manifests", "inputs", *ROW_TABLES))
-            self._forget_pointers(connection, touched)
+            self._remove(connection, sources)
+            self._point(connection, schemas, touched, pointers, seen)
             _insert(connection, "sources", schemas, done)
             _insert(connection, "manifests", schemas, [_manifest_row(m, s) for m, s in manifests])
             _insert(connection, "inputs", schemas, [row for m, s in manifests for row in _input_rows(m, s)])
-            _insert(connection, "current_pointers", schemas, pointers)
             for name in ROW_TABLES:
                 _insert_tables(connection, name, parts[name])
             connection.execute("COMMIT")
@@ -328,21 +371,26 @@ class LineageIndex:
                 connection.execute("ROLLBACK")
             raise
 
-    def _remove(
-        self, connection: duckdb.DuckDBPyConnection, sources: list[str], tables: Iterable[str]
-    ) -> None:
+    @staticmethod
+    def _remove(connection: duckdb.DuckDBPyConnection, sources: list[str]) -> None:
         known = connection.execute(
             "SELECT source FROM sources WHERE source IN (SELECT unnest(?::VARCHAR[]))", [sources]
         ).fetchall()
         if not known:
             return
         again = [row[0] for row in known]
-        for table in (*tables, "sources"):
+        for table in ("manifests", "inputs", *ROW_TABLES, "sources"):
             connection.execute(f"DELETE FROM {table} WHERE source IN (SELECT unnest(?::VARCHAR[]))", [again])
 
-    def _forget_pointers(
-        self, connection: duckdb.DuckDBPyConnection, touched: set[tuple[str | None, str, str | None]]
+    @staticmethod
+    def _point(
+        connection: duckdb.DuckDBPyConnection,
+        schemas: dict[str, pa.Schema],
+        touched: set[Place],
+        pointers: list[dict[str, Any]],
+        seen: list[dict[str, Any]],
     ) -> None:
+        """Exchange what counts in these places, and which state of their manifests that is."""
         import pyarrow as pa
 
         if not touched:
@@ -359,20 +407,32 @@ class LineageIndex:
             )
         finally:
             connection.unregister("touched")
+        connection.execute(
+            "DELETE FROM seen WHERE manifest IN (SELECT unnest(?::VARCHAR[]))",
+            [[keys.manifest(*place) for place in touched]],
+        )
+        _insert(connection, "current_pointers", schemas, pointers)
+        _insert(connection, "seen", schemas, seen)
 
-    def _pointers(self, touched: Iterable[tuple[str | None, str, str | None]]) -> list[dict[str, Any]]:
-        """What counts now in these places, as the manifests on disk say."""
+    def _pointers(self, touched: Iterable[Place]) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+        """Rows of `current_pointers` and `seen`: what counts now in these places, as the manifests on disk say."""
         manifests = Manifests(self.store)
 
-        def read(place: tuple[str | None, str, str | None]) -> Manifest | None:
+        def read(place: Place) -> tuple[str, str | None, Manifest | None]:
+            key = keys.manifest(*place)
+            # before it is read: what is written in between is seen the next time
+            mark = self.store.mark(key)
             try:
-                return manifests.read(*place)
+                return key, mark, manifests.read_key(key)
             except ArtifactError as error:
                 log.warning("left out of the index: %s", error)
-                return None
+                return key, mark, None
 
         found = self._in_parallel(read, list(touched))
-        return [_head(manifest, history_key(manifest)) for manifest in found if manifest is not None]
+        pointers = [
+            _head(manifest, history_key(manifest)) for _, _, manifest in found if manifest is not None
+        ]
+        return pointers, [{"manifest": key, "mark": mark} for key, mark, _ in found if mark is not None]
 
     def _in_parallel(self, work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
         """Files on a local disk are read faster than threads take turns; over a network waiting is shared."""
@@ -396,27 +456,146 @@ class LineageIndex:
             if source.endswith(".json"):
                 where = self.store.describe(source)
                 try:
-                    return Manifest.from_record(json.loads(data), where), source
+                    return parse(json.loads(data), source, where), source
                 except ValueError as error:
                     raise ArtifactError(f"the manifest is not valid JSON ({error})", where=where) from error
-            return pq.ParquetFile(pa.BufferReader(data)).read(use_threads=False)
-        except (ArtifactError, pa.ArrowException) as error:
-            log.warning("left out of the index: %s: %s", self.store.describe(source), error)
+            try:
+                file = pq.ParquetFile(pa.BufferReader(data), page_checksum_verification=True)
+                table = file.read(use_threads=False)
+                table.validate(full=True)
+            except (pa.ArrowException, OSError, ValueError) as error:
+                why = str(error).splitlines()[0] if str(error) else type(error).__name__
+                raise ArtifactError(
+                    f"the rows are damaged ({why})", where=self.store.describe(source)
+                ) from error
+            self._check_place(table, source)
+            return table
+        except ArtifactError as error:
+            log.warning("left out of the index: %s", error)
             return None
+
+    def _check_place(self, rows: pa.Table, source: str) -> None:
+        """ArtifactError where the rows belong to another place: a copied folder must not count them twice."""
+        from storage.metrics import COMMON, metrics_key
+
+        absent = [name for name in COMMON if name not in rows.column_names]
+        if absent:
+            raise ArtifactError(f"the rows have no {absent[0]}", where=self.store.describe(source))
+        if rows.num_rows == 0:
+            return
+        row = {name: rows[name][0].as_py() for name in COMMON}
+        try:
+            key = metrics_key(
+                row["experiment"], row["stage"], row["trait"], row["fingerprint"], row["run_id"]
+            )
+        except (UserError, TypeError, AttributeError) as error:
+            raise ArtifactError(
+                f"the rows are damaged ({error})", where=self.store.describe(source)
+            ) from error
+        if key != source:
+            raise ArtifactError(f"the rows belong to {key}", where=self.store.describe(source))
 
     # Whole database
 
     def catch_up(self) -> int:
-        """Take in every file on disk that the index does not have yet, announced or not; gives their
-        number.
+        """Make the index what a rebuilt one would be; gives the number of files that it did not have yet.
+
+        Files that were never announced (another machine wrote them, or a writer was killed) are taken in, rows of
+        files that are gone go, and manifests that were exchanged or removed by other means count as they are now.
+        A machine without an index begins with the snapshot that was published, where there is one.
         """
+        self._begin_with_published()
         with self.connect() as connection:
             self._prepare(connection)
             self._take_in_notes(connection)
             known = {row[0] for row in connection.execute("SELECT source FROM sources").fetchall()}
-            missing = [source for source in self.sources_on_disk() if source not in known]
+            present = self.sources_on_disk()
+            missing = [source for source in present if source not in known]
             self._ingest(connection, missing)
+            self._drop_sources(connection, sorted(known.difference(present)))
+            self._look_at_manifests(connection)
         return len(missing)
+
+    def publish(self) -> tuple[str, int]:
+        """Bring the index up to date and put a snapshot of it into the store, for every machine and every DuckDB;
+        gives its URL and its bytes. UserError when another process does not let go of the index.
+
+        One machine does this, now and then (`storage/published.py`).
+        """
+        import duckdb
+
+        with suppress(IndexBusy):  # `snapshot` waits longer, and says so when it waits in vain
+            self.catch_up()
+        with tempfile.TemporaryDirectory(prefix="traits-index-") as folder:
+            copy = self.snapshot(Path(folder) / "index.duckdb")
+            connection = duckdb.connect(str(copy))
+            try:
+                # one file, without a log beside it
+                connection.execute("CHECKPOINT")
+            finally:
+                connection.close()
+            written = published.put(self.store, copy.read_bytes(), schema_mark())
+        return self.store.describe(published.SNAPSHOT), written.bytes
+
+    def _begin_with_published(self) -> None:
+        """Put the published snapshot where this machine's index belongs, unless it has one. On a local disk the
+        files themselves are as near.
+        """
+        if self.store.local_path("x") is not None or self.path.exists():
+            return
+        data = published.get(self.store, schema_mark())
+        if data is None:
+            return
+        fresh = self.path.with_name(f"{self.path.name}.{uuid.uuid4().hex}.tmp")
+        with self._lock:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            try:
+                fresh.write_bytes(data)
+                # another process may have made one meanwhile: that one has less, but may be open
+                if not self.path.exists():
+                    os.replace(fresh, self.path)
+            finally:
+                with suppress(FileNotFoundError):
+                    fresh.unlink()
+
+    def _drop_sources(self, connection: duckdb.DuckDBPyConnection, gone: list[str]) -> None:
+        if not gone:
+            return
+        connection.execute("BEGIN")
+        try:
+            self._remove(connection, gone)
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(self._database_error()):
+                connection.execute("ROLLBACK")
+            raise
+
+    def _look_at_manifests(self, connection: duckdb.DuckDBPyConnection) -> None:
+        """Read the manifests that are not in the state in which the index saw them."""
+        present = {
+            key: mark
+            for top in self._tops()
+            for key, mark in self.store.marks(f"{top}/manifests").items()
+            if _place_of(key) is not None
+        }
+        seen = dict(connection.execute("SELECT manifest, mark FROM seen").fetchall())
+        changed = [key for key in present.keys() | seen.keys() if present.get(key) != seen.get(key)]
+        touched = {place for key in changed if (place := _place_of(key)) is not None}
+        if not touched:
+            return
+        pointers, marks = self._pointers(touched)
+        schemas = {
+            name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
+            for name in ("seen", "current_pointers")
+        }
+        connection.execute("BEGIN")
+        try:
+            self._point(connection, schemas, touched, pointers, marks)
+            connection.execute("COMMIT")
+        except BaseException:
+            with suppress(self._database_error()):
+                connection.execute("ROLLBACK")
+            raise
 
     def rebuild(self) -> int:
         """Build the database from the files alone, then put it in place of the old one; gives the number
@@ -475,10 +654,12 @@ class LineageIndex:
             self.catch_up()
         try:
             with self.connect(read_only=True, patience=max(self.patience, 30.0)):
-                shutil.copyfile(self.path, target)
+                # The log first: POSIX drops this process's lock on the database as soon as any handle on it is
+                # closed, so from the end of its copy on a writer may write again.
                 wal = self.path.with_name(self.path.name + ".wal")
-                if wal.exists():
+                with suppress(FileNotFoundError):
                     shutil.copyfile(wal, target.with_name(target.name + ".wal"))
+                shutil.copyfile(self.path, target)
         except IndexBusy as error:
             raise UserError(
                 "another program is writing to the index all the time",
@@ -505,8 +686,21 @@ class LineageIndex:
                 where=str(self.path),
                 remedy="Rebuild it with `traits rebuild-index`.",
             ) from error
+        except OSError as error:
+            raise UserError(
+                f"the index cannot be written ({error.strerror or error})",
+                where=str(self.path),
+                remedy="Check its folder, or set TRAITS_STATE to one that you may write to.",
+            ) from error
         with tempfile.TemporaryDirectory(prefix="traits-sql-") as folder:
-            copy = self.snapshot(Path(folder) / "index.duckdb")
+            try:
+                copy = self.snapshot(Path(folder) / "index.duckdb")
+            except OSError as error:
+                raise UserError(
+                    f"the index cannot be copied ({error.strerror or error})",
+                    where=folder,
+                    remedy="Free some space there, or set TMPDIR to another disk.",
+                ) from error
             connection = duckdb.connect(
                 str(copy),
                 read_only=True,
@@ -523,6 +717,17 @@ class LineageIndex:
                 ) from error
             finally:
                 connection.close()
+
+
+def _place_of(key: str) -> Place | None:
+    """The place of a current manifest, from its key; None for another file."""
+    top, _, rest = key.partition("/manifests/")
+    stage, _, trait = rest.removesuffix(".json").partition("/")
+    place = (None if top == keys.SHARED else top, stage, trait or None)
+    try:
+        return place if keys.manifest(*place) == key else None
+    except UserError:
+        return None
 
 
 def _naive(created_at: str) -> datetime:

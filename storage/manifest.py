@@ -16,13 +16,16 @@ import math
 import threading
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
+from datetime import datetime
 from typing import Any, Literal
 
 from storage import keys
-from storage.artifacts import ArtifactStore, FileRecord
+from storage.artifacts import ArtifactStore, FileRecord, to_json
 from storage.errors import ArtifactError, UserError
+from storage.text import well_formed
 
 SCHEMA_VERSION = 1
+CHECKSUM = "checksum"
 
 
 def fingerprint(obj: Any) -> str:
@@ -58,7 +61,7 @@ class Manifest:
     `fingerprint`: of everything that decides the result; `inputs`: name of an input → its fingerprint;
     `options`: the options that matter, as given; `files`: storage key → hash and size; `summary`: a few
     plain numbers and words for people; `tables`: small tables for the UI; `created_at`: UTC, ISO 8601;
-    `libraries`: name → version.
+    `libraries`: name → version; `rows`: the same as `files` for its metric rows, filled in by the commit.
     """
 
     stage: str
@@ -75,6 +78,7 @@ class Manifest:
     summary: dict[str, Any] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     libraries: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, FileRecord] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -97,20 +101,61 @@ class Manifest:
                 where=where,
                 remedy="Update this program, or delete the manifest to build the result again.",
             )
+        content = {name: value for name, value in record.items() if name != CHECKSUM}
+        if CHECKSUM in record and record[CHECKSUM] != _checksum(content):
+            raise ArtifactError(
+                "the manifest is damaged (it was altered after it was written)", where=where, remedy=remedy
+            )
         try:
             known = {f.name: record[f.name] for f in fields(cls) if f.name in record}
-            known["files"] = {
-                ArtifactStore.check_key(key): FileRecord(str(entry["sha256"]), int(entry["bytes"]))
-                for key, entry in record["files"].items()
-            }
+            known["files"] = _file_records(record["files"])
+            known["rows"] = _file_records(record.get("rows", {}))
             manifest = cls(**known)
-            if manifest.status not in ("done", "skipped") or not isinstance(manifest.fingerprint, str):
-                raise ValueError(f"status {manifest.status!r}")
+            manifest._check()
         except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
             raise ArtifactError(
                 f"the manifest is damaged ({type(error).__name__}: {error})", where=where, remedy=remedy
             ) from error
         return manifest
+
+    def _check(self) -> None:
+        """ValueError or UserError where a field is not what it must be; whoever reads it may rely on that."""
+        for name in ("stage", "fingerprint", "code_version", "run_id", "created_at"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} is {getattr(self, name)!r}")
+        if self.status not in ("done", "skipped"):
+            raise ValueError(f"status is {self.status!r}")
+        datetime.fromisoformat(self.created_at)
+        ArtifactStore.check_key(self.key)
+        ArtifactStore.check_key(history_key(self))
+        for name in ("options", "summary"):
+            if not isinstance(getattr(self, name), dict):
+                raise ValueError(f"{name} is no object")
+        for name in ("inputs", "libraries"):
+            for key, value in getattr(self, name).items():
+                if not isinstance(value, str):
+                    raise ValueError(f"{name}: {key!r} is {value!r}")
+        for name, table in self.tables.items():
+            if not isinstance(table, list) or not all(isinstance(row, dict) for row in table):
+                raise ValueError(f"the table {name!r} is no list of objects")
+
+    def sealed(self, **changes: Any) -> dict[str, Any]:
+        """What is written: the record with `changes`, and a checksum by which a flipped byte is noticed."""
+        record = to_json({**self.record(), **changes}, where=self.key)
+        return {**record, CHECKSUM: _checksum(record)}
+
+
+def _checksum(record: Any) -> str:
+    # ASCII: a text reads back from its escapes as the same text, but not always as the same escapes
+    text = json.dumps(record, sort_keys=True, allow_nan=False, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode("ascii")).hexdigest()[:32]
+
+
+def _file_records(record: Any) -> dict[str, FileRecord]:
+    return {
+        ArtifactStore.check_key(key): FileRecord(str(entry["sha256"]), int(entry["bytes"]))
+        for key, entry in record.items()
+    }
 
 
 # (path, size, mtime_ns, inode) -> sha256, for this process: a file that was hashed once and did not
@@ -143,25 +188,38 @@ class Manifests:
             if not self.store.exists(key):  # deleted between the two looks
                 return None
             raise
-        return Manifest.from_record(record, self.store.describe(key))
+        return parse(record, key, self.store.describe(key))
 
     def commit(self, manifest: Manifest) -> None:
         """Make the result count: the very last write. All files it names must have been written before.
 
-        A copy without tables goes to the history first, so that history never lacks what was current once.
+        ArtifactError where a file is not there, or is not the one that was written any more: then another run
+        wrote the same result at the same time, and its manifest will count. A copy without tables goes to the
+        history first, so that history never lacks what was current once.
         """
         keys.check_stage(manifest.stage)
-        absent = [key for key in manifest.files if not self.store.exists(key)]
-        if absent:
-            raise ArtifactError(
-                f"the manifest names a file that was not written: {absent[0]}",
-                where=self.store.describe(manifest.key),
-            )
-        record = manifest.record()
-        self.store.write_json(history_key(manifest), {**record, "tables": {}})
-        self.store.write_json(manifest.key, record)
+        for key, record in (manifest.files | manifest.rows).items():
+            problem = self._written(key, record)
+            if problem is not None:
+                raise ArtifactError(
+                    f"the manifest names {key}, but {problem}",
+                    where=self.store.describe(manifest.key),
+                    remedy="If another run writes the same result, let it finish, then run again.",
+                )
+        self.store.write_json(history_key(manifest), manifest.sealed(tables={}))
+        self.store.write_json(manifest.key, manifest.sealed())
         if self._on_commit is not None:
             self._on_commit(manifest)
+
+    def _written(self, key: str, record: FileRecord) -> str | None:
+        """Like `_verify_file`, without fetching what was just sent over a network."""
+        if self.store.local_path(key) is not None:
+            return self._verify_file(key, record)
+        try:
+            size = self.store.size(key)
+        except ArtifactError as error:
+            return error.what
+        return None if size == record.bytes else f"the file has {size} bytes instead of {record.bytes}"
 
     def verify(self, manifest: Manifest) -> list[str]:
         """What is wrong with the files of `manifest`, one sentence each; empty when all are there and
@@ -170,7 +228,7 @@ class Manifests:
         On a local disk a file is hashed once per process as long as its size, time and inode stay the same.
         """
         problems = []
-        for key, record in sorted(manifest.files.items()):
+        for key, record in sorted((manifest.files | manifest.rows).items()):
             problem = self._verify_file(key, record)
             if problem is not None:
                 problems.append(f"{self.store.describe(key)}: {problem}")
@@ -220,6 +278,22 @@ class Manifests:
         return [manifest for manifest in found if manifest is not None]
 
 
+def parse(record: Any, key: str, where: str) -> Manifest:
+    """The manifest in the parsed file at `key`, current or history; ArtifactError where it belongs elsewhere.
+
+    A copied experiment folder keeps the names of the one it was copied from: its manifests name files that are
+    not its own.
+    """
+    manifest = Manifest.from_record(record, where)
+    if key not in (manifest.key, history_key(manifest)):
+        raise ArtifactError(
+            f"the manifest is damaged (it belongs to {manifest.key})",
+            where=where,
+            remedy="Run its stage again; a copied or renamed folder builds its own results.",
+        )
+    return manifest
+
+
 def history_key(manifest: Manifest) -> str:
     """Where the permanent copy of `manifest` lies; the same result committed twice by one run lies there
     once.
@@ -230,4 +304,5 @@ def history_key(manifest: Manifest) -> str:
 
 def run_mark(run_id: str) -> str:
     """A run id, which may hold any characters, as 12 hex characters for file names."""
-    return hashlib.sha256(run_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+    # as Parquet holds it, so that the mark can be told from the rows
+    return hashlib.sha256(well_formed(run_id).encode("utf-8")).hexdigest()[:12]

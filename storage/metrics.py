@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from storage import keys
-from storage.artifacts import ArtifactStore, to_json
+from storage.artifacts import ArtifactStore, FileRecord, to_json
 from storage.errors import UserError
 from storage.manifest import run_mark
 from storage.text import well_formed, well_formed_tree
@@ -59,8 +59,8 @@ class MetricsWriter:
         run_id: str,
         fingerprint: str,
         created_at: datetime | None = None,
-    ) -> str:
-        """Keep `rows` as Parquet and leave a note for the index; gives the storage key.
+    ) -> tuple[str, FileRecord]:
+        """Keep `rows` as Parquet and leave a note for the index; gives the storage key and what was written.
 
         Values are None, bool, int, float, str; lists and dictionaries are kept as JSON text. A row's
         `table` says which table of the index it belongs to (default `metrics`); `schema/tables.sql` has
@@ -78,8 +78,7 @@ class MetricsWriter:
         }
         data = encode_rows(rows, common)
         self.index.announce([key])
-        self.store.write_bytes(key, data)
-        return key
+        return key, self.store.write_bytes(key, data)
 
 
 def metrics_key(experiment: str | None, stage: str, trait: str | None, fingerprint: str, run_id: str) -> str:
@@ -115,7 +114,7 @@ def encode_rows(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) ->
         values = [_plain(row.get(name), f"metric row {i}, column {name}") for i, row in enumerate(rows)]
         columns[name] = _column(values)
     buffer = io.BytesIO()
-    pq.write_table(pa.table(columns), buffer, compression="zstd")
+    pq.write_table(pa.table(columns), buffer, compression="zstd", write_page_checksum=True)
     return buffer.getvalue()
 
 

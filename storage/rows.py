@@ -60,8 +60,10 @@ class _Segments:
     def new(self) -> list[tuple[str, bytes]]:
         """(name, content) of intact segments not read before, oldest first.
 
-        A segment that vanishes under way was compacted: its rows lie in a newer one, so look again.
+        A segment that vanishes under way was compacted: its rows lie in a newer one, so look again. What is
+        listed every time and never there (a folder of that name) is left out like a torn one.
         """
+        absent: set[str] = set()
         while True:
             found: list[tuple[str, bytes]] = []
             vanished = False
@@ -71,8 +73,11 @@ class _Segments:
                 try:
                     data = self.store.read_bytes(f"{self.prefix}/{name}")
                 except ArtifactError:
-                    vanished = True
-                    break
+                    if name not in absent:
+                        absent.add(name)
+                        vanished = True
+                        break
+                    data = b""
                 if _intact(name, data):
                     found.append((name, data))
                 elif self._damaged.get(name) != len(data):

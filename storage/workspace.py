@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,18 @@ from storage.rows import RowCache, TensorJournal
 
 class Workspace:
     """`root`: the experiments folder or URL; `duckdb_path`: the index, on a local disk; it can always be
-    rebuilt.
+    rebuilt. `keep_index`: whether commits go into it at once (see `LineageIndex`).
     """
 
-    def __init__(self, root: str | os.PathLike[str] | UPath, duckdb_path: str | os.PathLike[str]) -> None:
+    def __init__(
+        self,
+        root: str | os.PathLike[str] | UPath,
+        duckdb_path: str | os.PathLike[str],
+        *,
+        keep_index: bool = True,
+    ) -> None:
         self.store = ArtifactStore(root)
-        self.index = LineageIndex(self.store, Path(duckdb_path))
+        self.index = LineageIndex(self.store, Path(duckdb_path), kept=keep_index)
         self.manifests = Manifests(self.store, self.index.announce_manifest)
         self.metrics = MetricsWriter(self.store, self.index)
 
@@ -38,7 +45,7 @@ class Workspace:
         In this order a kill never leaves a result that counts without its rows. "index_behind": the index was
         locked; nothing is lost, the next writer takes it in.
         """
-        self.metrics.keep(
+        key, record = self.metrics.keep(
             manifest.experiment,
             manifest.stage,
             manifest.trait,
@@ -47,7 +54,7 @@ class Workspace:
             manifest.fingerprint,
             datetime.fromisoformat(manifest.created_at),
         )
-        self.manifests.commit(manifest)
+        self.manifests.commit(replace(manifest, rows={key: record}))
         return self.index.take_in()
 
     def row_cache(self, kind: str, trait: str) -> RowCache:

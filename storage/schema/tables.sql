@@ -7,6 +7,9 @@ CREATE TABLE IF NOT EXISTS about (schema_mark VARCHAR NOT NULL);
 -- Files taken in so far.
 CREATE TABLE IF NOT EXISTS sources (source VARCHAR PRIMARY KEY, indexed_at TIMESTAMP NOT NULL);
 
+-- In which state each current manifest was read last.
+CREATE TABLE IF NOT EXISTS seen (manifest VARCHAR PRIMARY KEY, mark VARCHAR NOT NULL);
+
 -- Every manifest ever committed. experiment is NULL for what all experiments share, trait is NULL for tables.
 CREATE TABLE IF NOT EXISTS manifests (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,

@@ -113,7 +113,6 @@ def test_an_unchanged_local_file_is_hashed_once(
 ) -> None:
     record = workspace.store.write_bytes("demo/x", b"0" * 1000)
     manifest = make_manifest(files={"demo/x": record})
-    workspace.manifests.commit(manifest)
     hashed = []
     real = manifest_module.hashlib.file_digest
     monkeypatch.setattr(
@@ -121,6 +120,7 @@ def test_an_unchanged_local_file_is_hashed_once(
         "file_digest",
         lambda file, name: hashed.append(file.name) or real(file, name),
     )
+    workspace.manifests.commit(manifest)
     for _ in range(3):
         assert workspace.manifests.verify(manifest) == []
     assert len(hashed) == 1
