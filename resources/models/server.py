@@ -15,7 +15,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -246,9 +246,17 @@ class _Completions(ApiClient[_Served]):
         return await client.completions.with_raw_response.create(**request)
 
     def _parse(self, body: Any, request: dict[str, Any]) -> _Served | None:
-        served: _Served | None = read_completion(
-            body, request, stops=self._frontend.stops, vocabulary=self._frontend.vocabulary
-        )
+        try:
+            served: _Served | None = read_completion(
+                body, request, stops=self._frontend.stops, vocabulary=self._frontend.vocabulary
+            )
+        except Again as again:
+            if again.reason == "no_token_ids" and not self.learnt.settled:
+                self._stop(
+                    "it gives no token ids back, and text is never tokenised again",
+                    "use vLLM 0.10.2 or newer, or an SGLang with return_token_ids",
+                )
+            raise
         return served
 
     def _usage(self, answer: _Served) -> tuple[int, int]:
@@ -265,7 +273,9 @@ class _Questions(ApiClient[dict[str, Any]]):
     """What a server says about itself. `optional` requests answer {} where there is no such path."""
 
     def __init__(self, settings: GenerationServer, learnt: _Knowledge):
-        super().__init__(settings, _who(settings), learnt, Ledger(), settings.api_key())
+        # budgets and rates are about generating
+        free = replace(settings, max_calls=0, max_tokens=0, requests_per_minute=0)
+        super().__init__(free, _who(settings), learnt, Ledger(), settings.api_key())
 
     async def say(
         self, path: str, body: dict[str, Any] | None = None, *, optional: bool = False, root: bool = False
