@@ -1,6 +1,6 @@
 """The Dagster shell over `storage`: where results are kept.
 
-Belongs here: two settings and `open`. Does not: anything about files, manifests or metrics (`storage/`).
+Belongs here: three settings and `open`. Does not: anything about files, manifests or metrics (`storage/`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,11 @@ class StoreResource(dg.ConfigurableResource):
         os.path.join(".state", "lineage.duckdb"),
         description="The index over manifests and metrics, on a local disk; it can be rebuilt at any time.",
     )
+    keep_index: bool = Field(
+        True,
+        description="Take every result into the index at once. Off where runs have no disk of their own to keep it on.",
+    )
 
     def open(self) -> Workspace:
         """The workspace; opening writes nothing."""
-        return Workspace(self.root, self.duckdb_path)
+        return Workspace(self.root, self.duckdb_path, keep_index=self.keep_index)

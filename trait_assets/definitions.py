@@ -87,7 +87,11 @@ def default_resources() -> dict[str, Any]:
     return {
         "models": ModelResource(),
         "judges": JudgeResource(),
-        "store": StoreResource(root=paths.results_root(), duckdb_path=str(paths.lineage_path())),
+        "store": StoreResource(
+            root=paths.results_root(),
+            duckdb_path=str(paths.lineage_path()),
+            keep_index=paths.keeps_index(),
+        ),
         "overrides": OverridesResource(),
     }
 

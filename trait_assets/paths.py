@@ -28,5 +28,16 @@ def state_root() -> Path:
     return Path(os.environ.get("TRAITS_STATE", REPOSITORY / ".state"))
 
 
+def compute_logs_root() -> Path:
+    """What runs print, and what the web server hands out under /logs."""
+    return state_root().resolve() / "dagster" / "compute_logs"
+
+
 def lineage_path() -> Path:
     return state_root() / "lineage.duckdb"
+
+
+def keeps_index() -> bool:
+    """Whether runs take their results into this machine's DuckDB index; TRAITS_INDEX=off says no, on machines that come
+    and go."""
+    return os.environ.get("TRAITS_INDEX", "on").lower() not in ("off", "0", "no", "false")

@@ -1,4 +1,4 @@
-"""Commands about what is stored: lineage, sql, diff, rebuild-index, forget, export, import, judge-check, try-out.
+"""Commands about what is stored: lineage, sql, diff, rebuild-index, publish-index, forget, export, import, judge-check, try-out.
 
 Options in, a table out; nothing here computes. `register` hangs the commands into the program.
 """
@@ -125,6 +125,13 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
         with one_line_errors(verbose):
             store = workspace()
             typer.echo(f"{store.index.rebuild()} files indexed in {store.index.path}")
+
+    @app.command("publish-index")
+    def publish_index(verbose: VerboseOption = False) -> None:
+        """Put a snapshot of the lineage database into the store, for other machines and for any DuckDB."""
+        with one_line_errors(verbose):
+            where, size = workspace().index.publish()
+            typer.echo(f"published {where} ({size / 1e6:.1f} MB)")
 
     @app.command()
     def diff(
