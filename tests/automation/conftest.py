@@ -13,9 +13,10 @@ import pytest
 import yaml
 
 from storage.errors import UserError
+from trait_assets.checks import CHECKS
 from trait_assets.definitions import build_defs
 from trait_assets.partitions import register
-from trait_assets.pipeline import Outcome, Plan, StageContext, stages_of
+from trait_assets.pipeline import Check, Outcome, Plan, StageContext, stages_of
 from trait_assets.stages import all_stages
 
 # the numbers that real stages record
@@ -111,7 +112,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
             if (self.name, one.trait) in made.broken:
                 yield Outcome(one.trait, error=UserError("it cannot be done", remedy="mend it"))
             else:
-                yield Outcome(one.trait, summary=dict(SUMMARY))
+                checks = [Check(name, True, text) for name, text in CHECKS[self.name].items()]
+                yield Outcome(one.trait, summary=dict(SUMMARY), checks=checks)
 
     for stage in all_stages().values():
         if stage.name != "scenarios":
