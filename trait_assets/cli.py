@@ -105,6 +105,13 @@ def _stage_command(stages: Sequence[str] | None, summary: str) -> Callable[..., 
         ] = None,
         batch_size: Annotated[int | None, typer.Option("--batch-size", help="Default automatic.")] = None,
         seed: Annotated[int | None, typer.Option("--seed")] = None,
+        generation: Annotated[
+            str | None, typer.Option("--generation", help="Where responses are generated: local or server.")
+        ] = None,
+        generation_url: Annotated[
+            str | None,
+            typer.Option("--generation-url", help="A vLLM or SGLang server, e.g. http://gpu:8000/v1."),
+        ] = None,
         judge: Annotated[str | None, typer.Option("--judge", help="auto, openai or local.")] = None,
         judge_model: Annotated[str | None, typer.Option("--judge-model")] = None,
         set_: Annotated[
@@ -141,8 +148,12 @@ def _stage_command(stages: Sequence[str] | None, summary: str) -> Callable[..., 
             "batch_size": batch_size,
             "seed": seed,
         }
+        server = {"backend": generation, "server_url": generation_url}
+        server = {name: value for name, value in server.items() if value is not None}
         with one_line_errors(verbose):
-            overrides = {name: value for name, value in given.items() if value is not None}
+            overrides: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+            if server:
+                overrides["generation"] = dict(server)
             overrides = merge_settings(overrides, set_ or [])
             judges = judge_options(overrides.pop("judge", {}), judge, judge_model)
             failed = materialise(

@@ -186,7 +186,7 @@ class ResponsesStage:
                     continue
                 task.advance(1, tokens=len(row.ids))
                 if served is not None:
-                    spending.show(served.usage)
+                    spending.show(served.usage())
                 yield row.key, record(row)
 
     def _outcome(self, ctx: StageContext, plan: Plan, cache: Any, fresh: set[str]) -> Outcome:
