@@ -79,16 +79,23 @@ def stage_checks(experiment: Experiment | None, stage: str) -> dg.AssetChecksDef
         seen: dict[str, int] = dict.fromkeys(names, 0)
         for trait in traits:
             manifest = manifests.read(experiment.name if experiment else None, stage, trait)
-            for record in manifest.summary.get("checks", []) if manifest else []:
-                name = record["name"]
-                seen[name] += 1
-                if not record["passed"]:
-                    failed[name].append(trait)
+            records: dict[str, dict[str, Any]] = {}
+            for recorded in manifest.summary.get("checks", []) if manifest else []:
+                # one that was recorded for several positions has not passed before all have
+                if records.get(recorded["name"], recorded)["passed"]:
+                    records[recorded["name"]] = recorded
+            for name in names:
+                record = records.get(name)
+                if record is not None:
+                    seen[name] += 1
+                    if not record["passed"]:
+                        failed[name].append(trait)
                 if len(traits) > 1:
+                    # also where there is nothing to check: one trait that stays planned hides all that passed
                     # the op context takes check evaluations; its annotation does not say so
                     log_event: Any = op_context.log_event
-                    log_event(check_evaluation(key, trait, record))
-                else:
+                    log_event(check_evaluation(key, trait, record or _nothing_to_check(name)))
+                elif record is not None:
                     yield dg.AssetCheckResult(
                         asset_key=key,
                         check_name=name,
@@ -146,6 +153,16 @@ def table_checks(experiment: Experiment, table: str) -> dg.AssetChecksDefinition
             )
 
     return checks
+
+
+def _nothing_to_check(name: str) -> dict[str, Any]:
+    return {
+        "name": name,
+        "passed": True,
+        "severity": "warn",
+        "description": _batch_description(0, []),
+        "values": {},
+    }
 
 
 def _batch_description(seen: int, failed: list[str]) -> str:

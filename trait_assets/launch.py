@@ -108,7 +108,7 @@ def instance_folder(use: str) -> Path:
     history = str(state / "dagster")
     config["storage"]["sqlite"]["base_dir"] = history
     config["local_artifact_storage"]["config"]["base_dir"] = history
-    config["compute_logs"]["config"]["base_dir"] = str(state / "dagster" / "compute_logs")
+    config["compute_logs"]["config"]["base_dir"] = str(paths.compute_logs_root())
     if use == "cli":
         config["compute_logs"] = {
             "module": "dagster._core.storage.noop_compute_log_manager",

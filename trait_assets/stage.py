@@ -21,6 +21,7 @@ from trait_assets.experiments import Experiment, load_experiment
 from trait_assets.partitions import traits_partitions
 from trait_assets.paths import dataset_root, experiments_root
 from trait_assets.progress import LinesProgress, LogProgress, Progress, RichProgress
+from trait_assets.report import asset_page
 
 if TYPE_CHECKING:
     from resources.judges.resource import JudgeResource
@@ -171,55 +172,71 @@ def partial_failure(stage: str, bad: Sequence[pipeline.TraitResult], asked: int)
     for result in bad:
         if result.detail:
             metadata[f"trace_{len(metadata)}"] = dg.MetadataValue.text(f"{result.trait}\n{result.detail}")
+        metadata.update(
+            {f"{result.trait}: {name}": table_value(rows) for name, rows in result.tables.items() if rows}
+        )
     # a permanent fault must not be retried; what can be retried was retried where it happened
     return dg.Failure(description="\n".join(lines), metadata=metadata, allow_retries=False)
 
 
 def result_metadata(workspace: Workspace, result: pipeline.TraitResult) -> dict[str, Any]:
-    """A manifest as Dagster metadata: state first, numbers inline, tables inline, pictures one click away."""
+    """A manifest as Dagster metadata, in the order of the page: the result in a sentence, the numbers that Dagster plots,
+    failed checks, tables, pictures one click away, all numbers with their meaning, and where all of it comes from.
+    """
     manifest = result.manifest
     if manifest is None:
         return {}
-    metadata: dict[str, Any] = {"state": result.state, "fingerprint": manifest.fingerprint}
+    stage, summary = manifest.stage, manifest.summary
+    metadata: dict[str, Any] = {}
+    if headline := asset_page.headline(stage, summary):
+        metadata["result"] = headline
+    metadata.update(asset_page.plotted(stage, summary))
+    shown = {
+        "failed checks": asset_page.failed_checks(summary),
+        **asset_page.tables(stage, manifest.tables),
+    }
+    metadata.update({name: table_value(rows) for name, rows in shown.items() if rows})
+    metadata.update(picture_values(workspace, manifest))
+    if numbers := asset_page.numbers(stage, summary):
+        metadata["all numbers"] = table_value(numbers)
+    if lineage := column_lineage(manifest):
+        metadata["dagster/column_lineage"] = lineage
+    metadata["state"] = result.state
     if result.state == "current":
         metadata["computed_in_run"] = manifest.run_id
     if result.index_behind:
         metadata["metrics_index"] = "behind; the next writer or `traits rebuild-index` catches up"
-    for name, value in manifest.summary.items():
-        if name == "checks":
-            continue
-        converted = metadata_value(value)
-        if converted is not None:
-            metadata[name] = converted
-    for check in manifest.summary.get("checks", []):
-        if not check["passed"]:
-            metadata[f"check {check['name']}"] = dg.MetadataValue.text(check["description"])
-    for name, rows in manifest.tables.items():
-        if rows:
-            metadata[name] = table_value(rows)
-    metadata.update(picture_values(workspace, manifest))
+    seconds = summary.get("seconds_since_start")
+    if isinstance(seconds, (int, float)):
+        metadata["seconds_since_start"] = float(seconds)
+    metadata["fingerprint"] = manifest.fingerprint
     if manifest.files:
         folder = next(iter(sorted(manifest.files))).rsplit("/", 1)[0]
         metadata["files"] = dg.MetadataValue.path(workspace.store.describe(folder))
     return metadata
 
 
-def metadata_value(value: Any) -> Any:
-    """Plain, finite values only: Dagster refuses numpy scalars, and NaN has no JSON."""
-    if value is None:
+def column_schema(stage: str) -> dict[str, dg.TableSchema]:
+    """An asset's numbers with their meaning, as the columns section of its page."""
+    columns = [
+        dg.TableColumn(name=name, type=kind, description=meaning)
+        for name, kind, meaning in asset_page.columns(stage)
+    ]
+    return {"dagster/column_schema": dg.TableSchema(columns=columns)} if columns else {}
+
+
+def column_lineage(manifest: Manifest) -> dg.TableColumnLineage | None:
+    """Which numbers were taken from which asset."""
+    experiment = manifest.experiment
+    sources = asset_page.column_sources(manifest.stage, manifest.summary)
+    if experiment is None or not sources:
         return None
-    if isinstance(value, bool):
-        return dg.MetadataValue.bool(value)
-    if isinstance(value, (int, float)):
-        number = float(value)
-        if not math.isfinite(number):
-            return None
-        return int(value) if isinstance(value, int) else number
-    if isinstance(value, str):
-        return value
-    if hasattr(value, "item"):
-        return metadata_value(value.item())
-    return dg.MetadataValue.json(value)
+    return dg.TableColumnLineage(
+        {
+            name: [dg.TableColumnDep(asset_key=dg.AssetKey([experiment, stage]), column_name=column)]
+            for name, (stage, column) in sources.items()
+        }
+    )
 
 
 def table_value(rows: Iterable[Mapping[str, Any]]) -> dg.TableMetadataValue:
@@ -265,11 +282,11 @@ def picture_values(workspace: Workspace, manifest: Manifest) -> dict[str, Any]:
     for key in sorted(manifest.files):
         if not key.endswith(".png"):
             continue
-        name = key.rsplit("/", 1)[-1].removesuffix(".png").rsplit("--", 1)[-1]
+        name = key.rsplit("/", 1)[-1].removesuffix(".png").rsplit("--", 1)[-1].replace("_", " ")
         data = workspace.store.read_bytes(key)
         if len(data) <= MAX_PICTURE_BYTES:
             encoded = base64.b64encode(data).decode()
-            values[f"picture {name}"] = dg.MetadataValue.md(f"![{name}](data:image/png;base64,{encoded})")
+            values[f"picture: {name}"] = dg.MetadataValue.md(f"![{name}](data:image/png;base64,{encoded})")
     return values
 
 
@@ -299,6 +316,7 @@ def trait_asset_options(
         "code_version": stage.code_version,
         "pool": pool,
         "automation_condition": keep_fresh() if experiment else None,
+        "metadata": column_schema(stage.name),
     }
 
 
@@ -315,6 +333,7 @@ def table_asset_options(
         "owners": OWNERS,
         "code_version": stage.code_version,
         "automation_condition": refresh_table(),
+        "metadata": column_schema(stage.name),
     }
 
 
