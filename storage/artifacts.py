@@ -11,6 +11,7 @@ import hashlib
 import json
 import math
 import os
+import random
 import re
 import time
 import uuid
@@ -39,7 +40,8 @@ _READ_ONLY = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 _NO_FOLDER_SYNC = frozenset({errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.ENOSYS})
 # What tells one version of an object from the next, where a store lists it; names differ by store.
 _MARKS = ("ETag", "etag", "md5Hash", "md5", "generation", "LastModified", "last_modified", "mtime", "created")
-_RETRIES = 8
+# Seconds for which a write holds out against somebody who removes its folder.
+_PATIENCE = 5.0
 
 
 # The fields and methods below are named like the types.
@@ -237,7 +239,8 @@ class ArtifactStore:
 
     @staticmethod
     def _write_local(path: Path, data: bytes) -> None:
-        for attempt in range(_RETRIES):
+        deadline = time.monotonic() + _PATIENCE
+        while True:
             temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}.tmp"
             try:
                 _make_folders(path.parent)
@@ -250,8 +253,9 @@ class ArtifactStore:
                 return
             except FileNotFoundError:
                 # another process has just removed the folder, which was empty for it
-                if attempt == _RETRIES - 1:
+                if time.monotonic() > deadline:
                     raise
+                time.sleep(random.uniform(0, 0.02))
             except BaseException:
                 with suppress(OSError):
                     temporary.unlink()
@@ -378,12 +382,25 @@ class ArtifactStore:
         assert self._fs is not None
         self._fs.invalidate_cache()
         top_url = f"{self._base}/{prefix}" if prefix else self._base
-        for url, info in self._fs.find(top_url, detail=True).items():
+        try:
+            found = self._fs.find(top_url, detail=True)
+        except FileNotFoundError:  # not even a bucket
+            return
+        except PermissionError as error:
+            raise self._not_listed(prefix, error) from error
+        for url, info in found.items():
             key = url[len(self._base) :].lstrip("/") if url.startswith(f"{self._base}/") else ""
             # `find` of a plain file gives the file itself; consoles leave objects named like folders
             inside = bool(key) and not key.endswith("/") and (not prefix or key.startswith(f"{prefix}/"))
             if inside and not any(part.startswith(".") for part in key.split("/")):
                 yield key, info
+
+    def _not_listed(self, prefix: str, error: PermissionError) -> UserError:
+        return UserError(
+            f"the folder cannot be listed ({error.strerror or error})",
+            where=self.describe(prefix),
+            remedy="Check the credentials of the store.",
+        )
 
     def children(self, prefix: str = "") -> _Keys:
         """Names directly under the folder `prefix`, sorted; hidden ones left out."""
@@ -403,6 +420,8 @@ class ArtifactStore:
                 listed = self._fs.ls(top_url, detail=False)
             except (FileNotFoundError, NotADirectoryError):
                 return []
+            except PermissionError as error:
+                raise self._not_listed(prefix, error) from error
             # the listing of a file is the file itself, that of a folder may name the folder
             names = [
                 url.rstrip("/").rsplit("/", 1)[-1]

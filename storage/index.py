@@ -58,6 +58,7 @@ ROW_TABLES = (
     "evaluations",
     "steering_runs",
     "generations",
+    "work",
     "metrics",
 )
 _CHUNK = 500
@@ -249,7 +250,10 @@ class LineageIndex:
         sources: list[str] = []
         for note in self._note_paths():
             try:
-                named = [ArtifactStore.check_key(key) for key in json.loads(note.read_text(encoding="utf-8"))]
+                named = json.loads(note.read_text(encoding="utf-8"))
+                if not isinstance(named, list):
+                    raise TypeError("no list of keys")
+                named = [ArtifactStore.check_key(key) for key in named]
                 age = time.time() - note.stat().st_mtime
             except FileNotFoundError:
                 continue
@@ -399,14 +403,11 @@ class LineageIndex:
         columns = {
             name: pa.array([place[i] for place in touched], pa.string()) for i, name in enumerate(names)
         }
-        connection.register("touched", pa.table(columns))
-        try:
+        with _registered(connection, "touched", pa.table(columns)):
             connection.execute(
                 "DELETE FROM current_pointers c USING touched t WHERE c.stage = t.stage "
                 "AND c.experiment IS NOT DISTINCT FROM t.experiment AND c.trait IS NOT DISTINCT FROM t.trait"
             )
-        finally:
-            connection.unregister("touched")
         connection.execute(
             "DELETE FROM seen WHERE manifest IN (SELECT unnest(?::VARCHAR[]))",
             [[keys.manifest(*place) for place in touched]],
@@ -786,11 +787,21 @@ def _insert_tables(connection: duckdb.DuckDBPyConnection, name: str, parts: list
 
     if not parts:
         return
-    connection.register("incoming", pa.concat_tables(parts))
-    try:
+    with _registered(connection, "incoming", pa.concat_tables(parts)):
         connection.execute(f"INSERT INTO {name} BY NAME SELECT * FROM incoming")
+
+
+@contextmanager
+def _registered(connection: duckdb.DuckDBPyConnection, name: str, table: pa.Table) -> Iterator[None]:
+    import duckdb
+
+    connection.register(name, table)
+    try:
+        yield
     finally:
-        connection.unregister("incoming")
+        # in a transaction that failed even this is refused, and would hide why it failed
+        with suppress(duckdb.Error):
+            connection.unregister(name)
 
 
 def _by_table(rows: pa.Table) -> Iterator[tuple[str, pa.Table]]:

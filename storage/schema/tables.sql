@@ -108,6 +108,18 @@ CREATE TABLE IF NOT EXISTS generations (
     finish_reason VARCHAR, tokens BIGINT, extra JSON
 );
 
+-- One row per result that was computed: what it took. rows and tokens went through the model anew, cached ones took
+-- nothing; seconds add up to the stage's duration in the run; model_seconds and judge_seconds are the trait's share.
+-- judge_cost_usd is NULL where nobody said a price.
+CREATE TABLE IF NOT EXISTS work (
+    experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,
+    run_id VARCHAR NOT NULL, fingerprint VARCHAR NOT NULL, created_at TIMESTAMP NOT NULL, source VARCHAR NOT NULL,
+    seconds DOUBLE, model VARCHAR, device VARCHAR, rows BIGINT, prompt_tokens BIGINT, tokens BIGINT,
+    model_seconds DOUBLE, load_seconds DOUBLE, rows_per_second DOUBLE, tokens_per_second DOUBLE,
+    gpu_peak_bytes BIGINT, host_peak_bytes BIGINT, judge VARCHAR, judge_seconds DOUBLE, judge_calls BIGINT,
+    judge_prompt_tokens BIGINT, judge_completion_tokens BIGINT, judge_cost_usd DOUBLE, extra JSON
+);
+
 -- Numbers by name; also every metric row whose `table` is missing or unknown.
 CREATE TABLE IF NOT EXISTS metrics (
     experiment VARCHAR, stage VARCHAR NOT NULL, trait VARCHAR,

@@ -56,6 +56,12 @@ JOIN current_pointers c
   ON t.stage = c.stage AND t.fingerprint = c.fingerprint AND t.run_id = c.run_id
  AND t.trait IS NOT DISTINCT FROM c.trait AND t.experiment IS NOT DISTINCT FROM c.experiment;
 
+CREATE OR REPLACE VIEW current_work AS
+SELECT t.* FROM work t
+JOIN current_pointers c
+  ON t.stage = c.stage AND t.fingerprint = c.fingerprint AND t.run_id = c.run_id
+ AND t.trait IS NOT DISTINCT FROM c.trait AND t.experiment IS NOT DISTINCT FROM c.experiment;
+
 CREATE OR REPLACE VIEW current_metrics AS
 SELECT t.* FROM metrics t
 JOIN current_pointers c
@@ -124,3 +130,14 @@ LEFT JOIN (
     AND (up.experiment IS NULL OR up.experiment IS NOT DISTINCT FROM made.experiment)
 LEFT JOIN current_pointers now_up ON now_up.fingerprint = made.input_fingerprint
     AND (now_up.experiment IS NULL OR now_up.experiment IS NOT DISTINCT FROM made.experiment);
+
+-- Throughput and spending of each run, stage by stage.
+CREATE OR REPLACE VIEW run_work AS
+SELECT run_id, experiment, stage, any_value(model) AS model, any_value(device) AS device,
+       count(*) AS results, sum(seconds) AS seconds, sum(rows) AS rows, sum(tokens) AS tokens,
+       sum(rows) / nullif(sum(model_seconds), 0) AS rows_per_second,
+       sum(tokens) / nullif(sum(model_seconds), 0) AS tokens_per_second,
+       max(gpu_peak_bytes) AS gpu_peak_bytes, max(host_peak_bytes) AS host_peak_bytes,
+       sum(judge_calls) AS judge_calls, sum(judge_prompt_tokens + judge_completion_tokens) AS judge_tokens,
+       sum(judge_cost_usd) AS judge_cost_usd, min(created_at) AS first_result
+FROM work GROUP BY run_id, experiment, stage;
