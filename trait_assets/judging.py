@@ -16,6 +16,7 @@ from resources.judges.protocol import Judge, JudgeItem, TraitContext
 from storage import keys
 from storage.artifacts import ArtifactStore
 from storage.errors import UserError
+from trait_assets.metering import Meter
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.progress import Task
 from trait_assets.scenarios.dataset import ScenarioSet
@@ -114,11 +115,15 @@ class _VettingStage:
             judge = ctx.judges.judge(
                 lambda trait: ctx.workspace.row_cache("judgements", trait), on_progress=spending.show
             )
-            for owner, judgement in zip(owners, judge.score(items), strict=True):
+            meter = Meter(judge=judge_name(judge.identity))
+            for owner, judgement in zip(owners, meter.each("judge", judge.score(items)), strict=True):
                 task.advance(1)
+                meter.add(owner.owner)
                 judgements.append(judgement)
                 if len(judgements) == len(owner.payload):
-                    yield self._outcome(ctx, owner, judgements, judge)
+                    outcome = self._outcome(ctx, owner, judgements, judge)
+                    outcome.work = meter.settle(owner.owner, judge.usage)
+                    yield outcome
                     judgements = []
             spending.show(judge.usage(), last=True)
 

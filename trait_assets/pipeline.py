@@ -28,7 +28,9 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol
 from storage.errors import ArtifactError, UserError
 from storage.manifest import SCHEMA_VERSION, Manifest, fingerprint
 from storage.text import well_formed, well_formed_tree
+from trait_assets import metering
 from trait_assets.index_rows import detail_rows
+from trait_assets.metering import Work
 
 if TYPE_CHECKING:
     from resources.judges.protocol import CacheFor, Judge, OnProgress, ReferenceLogprob
@@ -249,6 +251,8 @@ class Outcome:
     pictures: dict[str, bytes] = field(default_factory=dict)
     checks: list[Check] = field(default_factory=list)
     error: BaseException | None = None
+    # what went through a model or a judge; a stage without either is timed as a whole
+    work: Work = field(default_factory=Work)
     after_commit: Callable[[], None] | None = None
 
 
@@ -359,7 +363,8 @@ def _execute(stage: Stage, ctx: StageContext, pending: list[Plan]) -> Iterator[T
     open_plans = {plan.trait: plan for plan in pending}
     if not open_plans:
         return
-    started = time.monotonic()
+    started = since = time.monotonic()
+    metering.reset_peaks()
     try:
         for outcome in stage.execute(ctx, pending):
             plan = open_plans.pop(outcome.trait)
@@ -368,6 +373,16 @@ def _execute(stage: Stage, ctx: StageContext, pending: list[Plan]) -> Iterator[T
                 yield replace(failure, tables=outcome.tables)
                 continue
             outcome.summary.setdefault("seconds_since_start", round(time.monotonic() - started, 2))
+            now = time.monotonic()
+            done = metering.record(
+                outcome.work,
+                seconds=now - since,
+                gpu_peak_bytes=metering.gpu_peak_bytes(),
+                host_peak_bytes=metering.host_peak_bytes(),
+            )
+            since = now
+            outcome.summary = {**metering.summary(done), **outcome.summary}
+            outcome.metrics.append(done)
             try:
                 result = _commit(stage, ctx, plan, outcome)
             except Exception as error:

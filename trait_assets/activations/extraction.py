@@ -26,6 +26,7 @@ from trait_assets.activations.tokens import (
     token_name,
     token_sample,
 )
+from trait_assets.metering import Meter, device_name
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import POLARITIES, read_scenario_set, subset
 
@@ -189,7 +190,10 @@ class ActivationsStage:
 
         buffer: dict[str, dict[str, dict[str, np.ndarray]]] = defaultdict(dict)
         flushed = time.monotonic()
-        for key, tensors in self._capture(ctx, requests, plans[0].options):
+        meter = Meter()
+        for key, tensors, tokens in self._capture(ctx, requests, plans[0].options, meter):
+            # a row of several traits is captured once
+            meter.add(waiting[key][0].owner, rows=1, tokens=tokens)
             finished = []
             for plan in waiting[key]:
                 have[plan.owner][key] = tensors
@@ -205,17 +209,25 @@ class ActivationsStage:
                 buffer.clear()
                 flushed = time.monotonic()
             for plan in finished:
-                yield self._finish(ctx, plan, have.pop(plan.owner), journals[plan.owner], fresh[plan.owner])
+                outcome = self._finish(
+                    ctx, plan, have.pop(plan.owner), journals[plan.owner], fresh[plan.owner]
+                )
+                outcome.work = meter.settle(plan.owner)
+                yield outcome
 
     def _capture(
-        self, ctx: StageContext, requests: dict[str, _Row], options: dict[str, Any]
-    ) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+        self, ctx: StageContext, requests: dict[str, _Row], options: dict[str, Any], meter: Meter
+    ) -> Iterator[tuple[str, dict[str, np.ndarray], int]]:
+        """(key, tensors, tokens that went through the model)."""
         import numpy as np
 
         from trait_assets.responses.generation import uses_completion
 
         e = ctx.experiment
+        loading = time.perf_counter()
         model = ctx.extraction_model()
+        meter.loaded(time.perf_counter() - loading)
+        meter.model, meter.device = model.identity.model, device_name(model)
         layers = parse_layers(e.layers, model.n_layers)
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         rows = []
@@ -228,7 +240,8 @@ class ActivationsStage:
         by_key = {row.key: row for row in rows}
         tokens = {row.key: len(row.prompt_ids) + len(row.response_ids) for row in rows}
         with ctx.progress.task(f"activations · {len(rows)} rows", len(rows)) as task:
-            for captured in model.capture(rows, positions, components, layers):
+            results = model.capture(rows, positions, components, layers)
+            for captured in meter.each("model", results):
                 task.advance(1, tokens=tokens[captured.key])
                 tensors: dict[str, np.ndarray] = {
                     "norms": captured.norms.astype(np.float32),
@@ -244,7 +257,7 @@ class ActivationsStage:
                         tensors[name] = captured.pooled.get(
                             (position, component), np.zeros((0,), dtype=np.float32)
                         ).astype(np.float32)
-                yield captured.key, tensors
+                yield captured.key, tensors, tokens[captured.key]
 
     def _stored(self, ctx: StageContext, plan: Plan) -> dict[str, dict[str, np.ndarray]]:
         """Rows of the artifact that stands there now, by capture key, where they are still intact."""

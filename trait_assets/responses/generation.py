@@ -18,6 +18,7 @@ from storage import keys
 from storage.errors import UserError
 from storage.manifest import fingerprint
 from trait_assets.judging import Spending
+from trait_assets.metering import Meter, device_name
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import ChosenScenario, kept_scenarios
 
@@ -102,6 +103,7 @@ class ResponsesStage:
         if not requests:
             return
 
+        meter = Meter()
         failed: dict[str, list[FailedRow]] = defaultdict(list)
         buffer: dict[str, dict[str, dict[str, Any]]] = defaultdict(dict)
         flushed = time.monotonic()
@@ -115,13 +117,17 @@ class ResponsesStage:
             for trait, rows in of_trait.items():
                 caches[trait].put_many(rows)
 
-        for key, row in self._generate(ctx, requests, keep):
+        for key, row in self._generate(ctx, requests, keep, meter):
             for plan in waiting[key]:
                 if isinstance(row, FailedRow):
                     failed[plan.owner].append(row)
                 else:
                     buffer[plan.owner][key] = row
                 open_keys[plan.owner].discard(key)
+            if not isinstance(row, FailedRow):
+                # a row of several traits was generated once
+                first = waiting[key][0].owner
+                meter.add(first, rows=1, tokens=len(row["ids"]), prompt_tokens=len(row["prompt_ids"]))
             finished = [plan for plan in waiting[key] if not open_keys[plan.owner]]
             full = sum(map(len, buffer.values())) >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS
             if finished or full:
@@ -133,17 +139,22 @@ class ResponsesStage:
                 if failed[plan.owner]:
                     yield Outcome(plan.trait, error=_unanswered(plan, failed[plan.owner]))
                 else:
-                    yield self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
+                    outcome = self._outcome(ctx, plan, caches[plan.owner], fresh[plan.owner])
+                    outcome.work = meter.settle(plan.owner)
+                    yield outcome
 
     def _generate(
         self,
         ctx: StageContext,
         requests: dict[str, ChosenScenario],
         keep: Callable[[Mapping[str, dict[str, Any]]], None],
+        meter: Meter,
     ) -> Iterator[tuple[str, dict[str, Any] | FailedRow]]:
         """Rows in the order in which they finish. A server's rows are kept before its next request goes out."""
         e = ctx.experiment
+        loading = time.perf_counter()
         model = ctx.generating_model()
+        meter.loaded(time.perf_counter() - loading)
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         options = GenerationOptions(
             max_new_tokens=e.response_length(base=base), temperature=e.temperature, top_p=e.top_p, seed=e.seed
@@ -152,6 +163,8 @@ class ResponsesStage:
         rows = [GenerationRow(key, prompt.ids) for key, prompt in encoded.items()]
         served = model if isinstance(model, ServedModel) else None
         server = None if served is None else served.check().record()
+        meter.model = model.identity.model
+        meter.device = device_name(model) if server is None else f"{server['engine']} server"
 
         def record(row: GeneratedRow) -> dict[str, Any]:
             content = {
@@ -179,7 +192,7 @@ class ResponsesStage:
                 if isinstance(model, ServedModel)
                 else model.generate(rows, options)
             )
-            for row in results:
+            for row in meter.each("model", results):
                 if isinstance(row, FailedRow):
                     task.advance(1)
                     yield row.key, row

@@ -8,6 +8,7 @@ heavy is imported before `execute`.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -19,6 +20,7 @@ from storage import keys
 from storage.errors import UserError
 from storage.manifest import Manifest, fingerprint
 from trait_assets.judging import Spending, judge_name, trait_context
+from trait_assets.metering import Meter, device_name
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.dataset import ScenarioSet
 from trait_assets.scenarios.selection import read_scenario_set
@@ -101,9 +103,12 @@ class SteeringStage:
         from trait_assets.steering.dose_search import run_together, search
         from trait_assets.steering.scoring import BASELINE, Request
 
+        loading = time.perf_counter()
         model = ctx.application_model()
+        loaded = time.perf_counter() - loading
         options = search_options(ctx)
         bench = Bench(ctx, model)
+        bench.meter.loaded(loaded)
         prepared: dict[str, _Prepared] = {}
         for plan in plans:
             try:
@@ -123,11 +128,14 @@ class SteeringStage:
             searches[trait] = (p.task, search(p.task, p.candidates, baseline, p.norms.__getitem__, options))
         for finished in run_together(searches, bench.answers):
             p = prepared[finished.trait]
+            work = bench.meter.settle(finished.trait, bench.judge.usage)
             if finished.result is None:
                 yield Outcome(finished.trait, error=finished.error)
                 continue
             try:
-                yield _outcome(ctx, p, finished.result, bench)
+                outcome = _outcome(ctx, p, finished.result, bench)
+                outcome.work = work
+                yield outcome
             except Exception as error:
                 yield Outcome(finished.trait, error=error)
 
@@ -325,6 +333,9 @@ class Bench:
         )
         self._task: Any = None
         self._spending: Spending | None = None
+        self.meter = Meter(
+            model=model.identity.model, device=device_name(model), judge=judge_name(self.judge.identity)
+        )
         self.scorer: Scorer = Scorer(
             self._generate,
             self.judge.score,
@@ -333,6 +344,7 @@ class Bench:
             steer_from=e.steer.steer_from,
             cache_for=self.row_cache,
             on_rows=self._advance,
+            meter=self.meter,
         )
 
     def row_cache(self, trait: str) -> Any:

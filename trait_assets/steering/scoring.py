@@ -30,6 +30,7 @@ from resources.judges.protocol import (
 )
 from resources.models.rows import GeneratedRow, GenerationOptions, GenerationRow, Intervention
 from storage.manifest import fingerprint
+from trait_assets.metering import Meter
 from trait_assets.steering.questions import Half, Questions
 
 Kind = Literal["baseline", "vector", "random", "prompting", "combination"]
@@ -321,7 +322,9 @@ class Scorer:
         steer_from: str = "response",
         cache_for: Callable[[str], RowCacheLike],
         on_rows: Callable[[int, int], None] | None = None,
+        meter: Meter | None = None,
     ) -> None:
+        self._meter = meter if meter is not None else Meter()
         self._generate = generate
         self._judge = judge
         self._cache_for = cache_for
@@ -411,7 +414,8 @@ class Scorer:
             pending.clear()
 
         try:
-            for generated in self._generate([_generation_row(row) for row in missing.values()]):
+            results = self._generate([_generation_row(row) for row in missing.values()])
+            for generated in self._meter.each("model", iter(results)):
                 value = {
                     "ids": list(generated.ids),
                     "text": generated.text,
@@ -423,6 +427,8 @@ class Scorer:
                 waiting += 1
                 owner = missing[generated.key].trait
                 self.generated[owner] = self.generated.get(owner, 0) + 1
+                prompt = len(missing[generated.key].prompt_ids)
+                self._meter.add(owner, rows=1, tokens=len(generated.ids), prompt_tokens=prompt)
                 if self._on_rows is not None:
                     self._on_rows(1, len(generated.ids))
                 if waiting >= FLUSH_ROWS or time.monotonic() - flushed > FLUSH_SECONDS:
@@ -461,7 +467,8 @@ class Scorer:
                     text_ids=tuple(text["ids"]),
                     template=row.task.questions.eval_prompt if rubric == "steering" else None,
                 )
-        judged = {names[j.key]: j for j in self._judge(list(items.values()))}
+        with self._meter.timed("judge"):
+            judged = {names[j.key]: j for j in self._judge(list(items.values()))}
         if len(judged) != len(items):
             raise RuntimeError(f"the judge answered {len(judged)} of {len(items)} items")
         return judged
