@@ -115,6 +115,26 @@ def make_project(tmp_path_factory) -> Callable[..., Project]:
     return make
 
 
+@dataclass
+class Finished:
+    """A project whose experiment `small` is computed, what that run reported, and a copy of the project to look at."""
+
+    project: Project
+    report: dict[str, Any]
+    copy: Project
+
+
+@pytest.fixture(scope="session")
+def finished(make_project: Callable[..., Project], tmp_path_factory: pytest.TempPathFactory) -> Finished:
+    """`traits run -e small` on two traits, once for all modules. Only test_end_to_end changes the project itself."""
+    project = make_project("register/bureaucratic", "emotion/enthusiasm")
+    project.experiment("small", **SMALL)
+    report = project.run("run", "-e", "small")
+    copy = Project(tmp_path_factory.mktemp("finished") / "copy")
+    shutil.copytree(project.root, copy.root)
+    return Finished(project, report, copy)
+
+
 @pytest.fixture(scope="module")
 def project(make_project) -> Project:
     project = make_project("register/bureaucratic", "emotion/enthusiasm")

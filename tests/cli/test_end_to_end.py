@@ -12,8 +12,13 @@ ENTHUSIASM = "emotion/enthusiasm"
 
 
 @pytest.fixture(scope="module")
-def first(project):
-    return project.run("run", "-e", "small")
+def project(finished):
+    return finished.project
+
+
+@pytest.fixture(scope="module")
+def first(finished):
+    return finished.report
 
 
 def work(report, stage):
