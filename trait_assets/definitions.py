@@ -85,7 +85,7 @@ def load_experiments(root: Path) -> tuple[list[Experiment], dict[str, str]]:
 
 def default_resources() -> dict[str, Any]:
     return {
-        "models": ModelResource(),
+        "models": ModelResource(device_map=paths.device_map()),
         "judges": JudgeResource(),
         "store": StoreResource(
             root=paths.results_root(),

@@ -41,3 +41,9 @@ def keeps_index() -> bool:
     """Whether runs take their results into this machine's DuckDB index; TRAITS_INDEX=off says no, on machines that come
     and go."""
     return os.environ.get("TRAITS_INDEX", "on").lower() not in ("off", "0", "no", "false")
+
+
+def device_map() -> str | None:
+    """How a model is spread over the GPUs of a machine (`device_map` of the model resource): TRAITS_DEVICE_MAP, else not
+    at all."""
+    return os.environ.get("TRAITS_DEVICE_MAP") or None

@@ -3,6 +3,8 @@
 from pathlib import Path
 
 import dagster as dg
+from dagster._core.launcher import DefaultRunLauncher
+from dagster._core.launcher.sync_in_memory_run_launcher import SyncInMemoryRunLauncher
 from dagster._core.storage.local_compute_log_manager import LocalComputeLogManager
 from dagster._core.storage.noop_compute_log_manager import NoOpComputeLogManager
 
@@ -68,7 +70,10 @@ def report_links(
 
 
 def log_folder(instance: dg.DagsterInstance) -> Path | None:
-    """Where the web server of this instance finds logs; None where they are not kept on this disk."""
+    """Where the web server of this instance finds logs; None where they are not kept on this disk, as where runs are
+    launched onto other machines."""
+    if not isinstance(instance.run_launcher, DefaultRunLauncher | SyncInMemoryRunLauncher):
+        return None
     manager = instance.compute_log_manager
     if isinstance(manager, LocalComputeLogManager):
         return Path(manager.get_captured_local_path(["any"], "out")).parent
