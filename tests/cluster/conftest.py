@@ -140,7 +140,7 @@ class Cluster:
                 except self.machines.psutil.Error:
                     continue
                 if "execute_run" in command:
-                    found[node.name] = json.loads(command[-1])["run_id"]
+                    found[node.name] = json.loads(command[-1])["pipeline_run_id"]
         return found
 
     def report(self) -> str:
@@ -270,7 +270,7 @@ def _start(made: Cluster) -> None:
         f"--temp-dir={base / 'ray'}",
     )
     made.services.append(head)
-    machines.wait(lambda: machines.answers(f"http://127.0.0.1:{s3}/moto-api/"), 60, "the S3 server answers")
+    machines.wait(lambda: machines.answers(f"http://127.0.0.1:{s3}/moto-api/"), 240, "the S3 server answers")
     import boto3
 
     boto3.client("s3", endpoint_url=made.env["AWS_ENDPOINT_URL"], **CREDENTIALS).create_bucket(Bucket=BUCKET)
@@ -281,7 +281,7 @@ def _start(made: Cluster) -> None:
     made.dagster("instance", "concurrency", "set", "judge", "4")
 
     machines.wait(
-        lambda: machines.answers(f"http://127.0.0.1:{dashboard}/api/version"), 120, "Ray takes jobs"
+        lambda: machines.answers(f"http://127.0.0.1:{dashboard}/api/version"), 240, "Ray takes jobs"
     )
     for number in (1, 2):
         name = f"worker{number}"

@@ -226,7 +226,11 @@ def ray_node(name: str, folder: Path, env: Mapping[str, str], *options: str) -> 
     # every node of the one host needs ports of its own
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
     command += [f"--object-store-memory={80 * 2**20}", "--disable-usage-stats", *options]
-    settings = {"RAY_memory_monitor_refresh_ms": "0", "RAY_DISABLE_IMPORT_WARNING": "1"}
+    settings = {
+        "RAY_memory_monitor_refresh_ms": "0",
+        # on a busy machine a slow answer is no dead node; a killed one is noticed by its broken connection
+        "RAY_health_check_timeout_ms": "60000",
+    }
     return Service(name, command, {**env, **settings}, folder / f"{name}.log", folder).start()
 
 

@@ -15,7 +15,7 @@ from storage.artifacts import ArtifactStore
 from storage.manifest import Manifests
 from storage.rows import RowCache
 
-pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(1500)]
+pytestmark = [pytest.mark.slow, pytest.mark.cluster, pytest.mark.timeout(3600)]
 
 EXPERIMENT = "tiny"
 STAGES = ("responses", "activations", "vectors", "vector_evaluation", "steering_results")
@@ -94,7 +94,7 @@ def test_a_backfill_on_two_workers_survives_the_kill_of_one(cluster, stores):
 
     # two runs at once, one per worker, each with the GPU that its pool stands for
     placed = machines.wait(
-        lambda: len(found := cluster.running_on()) == 2 and found, 240, "a run on each of both workers"
+        lambda: len(found := cluster.running_on()) == 2 and found, 600, "a run on each of both workers"
     )
     assert set(placed) == {"worker1", "worker2"}
     runs = {run["runId"]: run for run in web.runs()}
@@ -112,7 +112,7 @@ def test_a_backfill_on_two_workers_survives_the_kill_of_one(cluster, stores):
         return None
 
     victim, killed_run, _ = machines.wait(
-        half_done, 180, "a run with stored rows and an unfinished trait", 0.05
+        half_done, 600, "a run with stored rows and an unfinished trait", 0.05
     )
     next(node for node in cluster.nodes if node.name == victim).kill()
     killed_at = time.monotonic()
@@ -129,7 +129,7 @@ def test_a_backfill_on_two_workers_survives_the_kill_of_one(cluster, stores):
             and any(run["tags"].get("dagster/parent_run_id") == killed_run for run in web.runs())
             and all(run["status"] in ends for run in web.runs())
         ),
-        900,
+        1800,
         "every run has ended",
         2,
     )
