@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import yaml
+from pydantic import BaseModel
 
 from storage.errors import UserError
 from trait_assets.experiments import Experiment, config_path, parse_experiment
@@ -30,19 +31,30 @@ def write_experiment(
         "",
         "# Options and their defaults:",
     ]
-    for option, field in Experiment.model_fields.items():
-        if option in given or option in ("name", "steer"):
-            continue
-        default = field.get_default(call_default_factory=True)
-        text = (
-            yaml.safe_dump({option: default}, default_flow_style=True, width=1000)
-            .strip()
-            .removeprefix("{")
-            .removesuffix("}")
-        )
-        lines.append(f"# {text}" + (f"   # {field.description}" if field.description else ""))
+    lines += _commented(Experiment, left_out={*given, "name"})
     folder = root / name
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "config.yaml"
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
     return path
+
+
+def _commented(options: type[BaseModel], *, left_out: Collection[str] = (), indent: str = "") -> list[str]:
+    """Each option with its default as a comment line, options of a group indented under its name."""
+    lines = []
+    for option, field in options.model_fields.items():
+        if option in left_out:
+            continue
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            lines += [f"# {indent}{option}:", *_commented(type(default), indent=indent + "  ")]
+            continue
+        plain = list(default) if isinstance(default, tuple) else default
+        text = (
+            yaml.safe_dump({option: plain}, default_flow_style=True, width=1000)
+            .strip()
+            .removeprefix("{")
+            .removesuffix("}")
+        )
+        lines.append(f"# {indent}{text}" + (f"   # {field.description}" if field.description else ""))
+    return lines

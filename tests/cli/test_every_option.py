@@ -345,6 +345,14 @@ def test_an_option_of_the_generation_server_reaches_it(option, plan, monkeypatch
     assert plan().effective.generation.backend == "local"
 
 
+def test_the_server_has_flags_of_its_own(plan):
+    address = "http://127.0.0.1:9/v1"
+    short = plan("--generation", "server", "--generation-url", address)
+    assert (short.effective.generation.backend, short.effective.generation.server_url) == ("server", address)
+    assert short.plans == plan("--set", "generation.backend=server").plans
+    assert plan("--generation", "local").plans == plan().plans
+
+
 @pytest.mark.parametrize("option", RESOURCES)
 def test_what_a_run_asks_of_a_cluster_decides_no_result(option, plan, base):
     from trait_assets.coordinator import RAY_TAG, resource_tag

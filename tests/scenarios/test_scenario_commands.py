@@ -89,6 +89,56 @@ def test_draft_over_the_protocol_is_vetted_and_marked(
     assert "sk-test-1234" not in text + done.output
 
 
+def test_a_draft_takes_server_seed_and_thresholds_from_its_options(
+    tmp_path: Path, corpus: ModuleType, openai_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server_module = sys.modules[type(openai_server).__module__]
+    asked: list[str] = []
+    pairs = corpus.clean_pairs(120, 7)
+
+    def script(request: Any) -> Any:
+        if '"pairs"' not in request.prompt:
+            return None
+        asked.append(request.prompt)
+        rows = [{"positive": p, "negative": q} for p, q in (pairs.pop(0) for _ in range(10))]
+        return server_module.Reply(200, server_module.completion(json.dumps({"pairs": rows})))
+
+    openai_server.script = script
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-test-1234")
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    at = [
+        "-d",
+        "a dark mood",
+        "-n",
+        "10",
+        "--base-url",
+        openai_server.base_url,
+        "--model",
+        "m",
+        "--root",
+        tmp_path,
+    ]
+    assert traits("draft", "mood/dusk", *at, "--no-vet", "--seed", "3").exit_code == 0
+    # nothing but drafts was asked for, and nothing is said to be vetted
+    assert len(openai_server.requests) == len(asked)
+    assert not json.loads((tmp_path / "mood" / "dusk" / "drafted.json").read_text()).get("judge")
+    first = asked[0]
+    asked.clear()
+    assert traits("draft", "mood/dawn", *at, "--no-vet", "--seed", "4").exit_code == 0
+    assert asked[0] != first
+    # the judge is the server of OPENAI_BASE_URL
+    monkeypatch.setenv("OPENAI_BASE_URL", openai_server.base_url)
+    openai_server.teach("mood/noon", [p for p, _ in pairs], [q for _, q in pairs])
+    done = traits("draft", "mood/noon", *at, "--vet", "--pos-threshold", "55", "--neg-threshold", "45")
+    assert done.exit_code == 0, done.output
+    mark = json.loads((tmp_path / "mood" / "noon" / "drafted.json").read_text())
+    assert mark["thresholds"] == {"positive": 55.0, "negative": 45.0}
+    assert all(p >= 55 and n <= 45 for p, n in mark["scores"])
+    impossible = traits("draft", "mood/eve", *at, "--pos-threshold", "100", "--neg-threshold", "0")
+    assert impossible.exit_code == 2
+    assert "no usable pair" in impossible.output
+
+
 def test_draft_without_a_model_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY", raising=False)
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
