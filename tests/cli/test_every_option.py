@@ -337,21 +337,25 @@ GROUPS = {"generation": {"backend", *SERVER}, "run_resources": set(RESOURCES)}
 def test_a_generation_server_decides_the_responses_by_its_kind_and_model_alone(plan, base):
     served = plan("--set", "generation.backend=server")
     assert served.changed(base) == {"responses"}
-    for option, (value, _) in SERVER.items():
-        given = plan("--set", "generation.backend=server", "--set", f"generation.{option}={value}")
-        assert given.changed(served) == ({"responses"} if option == "served_model" else set()), option
-        assert plan("--set", f"generation.{option}={value}").plans == base.plans
+    named = plan("--set", "generation.backend=server", "--set", "generation.served_model=short-name")
+    assert named.changed(served) == {"responses"}
+    rest = [
+        f"generation.{option}={value}" for option, (value, _) in SERVER.items() if option != "served_model"
+    ]
+    settings = [word for setting in rest for word in ("--set", setting)]
+    assert plan("--set", "generation.backend=server", *settings).plans == served.plans
+    assert plan(*settings).plans == base.plans
 
 
-@pytest.mark.parametrize("option", SERVER)
-def test_an_option_of_the_generation_server_reaches_it(option, plan, monkeypatch):
-    value, told = SERVER[option]
+def test_every_option_of_the_generation_server_reaches_it(plan, monkeypatch):
     monkeypatch.setattr(ModelResource, "served", lambda self, spec, server: server)
-    given = plan("--set", "generation.backend=server", "--set", f"generation.{option}={value}")
+    settings = [f"generation.{option}={value}" for option, (value, _) in SERVER.items()]
+    given = plan("--set", "generation.backend=server", *(w for s in settings for w in ("--set", s)))
     assert given.context is not None
     server: Any = given.context.generating_model()
-    assert getattr(server, told) == value
-    assert plan().effective.generation.backend == "local"
+    assert {told: getattr(server, told) for _, told in SERVER.values()} == {
+        told: value for value, told in SERVER.values()
+    }
 
 
 def test_the_server_has_flags_of_its_own(plan):
@@ -411,14 +415,18 @@ def test_the_judge_decides_what_it_scores(plan, base):
     assert named.judges["model"] == "other"
 
 
-@pytest.mark.parametrize("option", [*JUDGE_DECIDES, *JUDGE_DECIDES_NOTHING])
-def test_an_option_of_the_judge_reaches_it(option, plan):
-    value = {**JUDGE_DECIDES, **JUDGE_DECIDES_NOTHING}[option]
-    openai = plan("--judge", "openai")
-    given = plan("--judge", "openai", "--set", f"judge.{option}={json.dumps(value)}")
-    assert given.judges[option] == value
-    expected = VETTING | STEERED if option in JUDGE_DECIDES else set()
-    assert given.changed(openai) == expected
+@pytest.mark.parametrize("option", JUDGE_DECIDES)
+def test_an_option_that_decides_a_score_changes_what_is_judged(option, plan):
+    given = plan("--judge", "openai", "--set", f"judge.{option}={json.dumps(JUDGE_DECIDES[option])}")
+    assert given.judges[option] == JUDGE_DECIDES[option]
+    assert given.changed(plan("--judge", "openai")) == VETTING | STEERED
+
+
+def test_limits_and_prices_of_the_judge_reach_it_and_decide_no_score(plan):
+    settings = [f"judge.{option}={json.dumps(value)}" for option, value in JUDGE_DECIDES_NOTHING.items()]
+    given = plan("--judge", "openai", *(word for s in settings for word in ("--set", s)))
+    assert given.judges == {"backend": "openai", **JUDGE_DECIDES_NOTHING}
+    assert given.plans == plan("--judge", "openai").plans
 
 
 def test_a_key_is_refused_on_the_command_line(finished, monkeypatch):
