@@ -528,26 +528,34 @@ class ApiClient(Generic[A]):
     async def _send(self, request: dict[str, Any], version: int) -> A:
         import openai
 
+        # What the libraries raise may hold the key (a server that repeats it, a header that is refused), and a
+        # chain of causes is printed and stored whole: so nothing is raised from within these handlers.
+        failed: Again | None = None
+        status: Any = None
         try:
             # the client's own time limit is per read; this one is for the whole answer
             async with asyncio.timeout(self.settings.timeout_s):
                 raw = await self._post(self._openai(), request)
-        except TimeoutError as error:
-            raise Again("fault", "timeout") from error
+        except TimeoutError:
+            failed = Again("fault", "timeout")
         except openai.APIStatusError as error:
-            self._unreachable = 0
-            return self._status(error, request, version)
-        except openai.APITimeoutError as error:
-            raise Again("fault", "timeout") from error
+            status = error
+        except openai.APITimeoutError:
+            failed = Again("fault", "timeout")
         except openai.APIConnectionError as error:
-            self._unreachable += 1
-            cause = self.redact(str(error.__cause__ or error))
-            if not self.learnt.settled and self._unreachable >= UNREACHABLE_AFTER:
-                self._stop(
-                    f"{self.who.server} cannot be reached: {cause}",
-                    f"check {self.who.options} and the network",
-                )
-            raise Again("fault", "connection", detail=cause) from error
+            failed = Again("fault", "connection", detail=self.redact(str(error.__cause__ or error)))
+        if status is not None:
+            self._unreachable = 0
+            return self._status(status, request, version)
+        if failed is not None:
+            if failed.reason == "connection":
+                self._unreachable += 1
+                if not self.learnt.settled and self._unreachable >= UNREACHABLE_AFTER:
+                    self._stop(
+                        f"{self.who.server} cannot be reached: {failed.detail}",
+                        f"check {self.who.options} and the network",
+                    )
+            raise failed
         try:
             body = json.loads(raw.http_response.content)
         except ValueError:
