@@ -374,8 +374,10 @@ def status(
 def _register() -> None:
     from trait_assets import backfill_commands, results_commands
     from trait_assets.evaluation import commands as evaluation_commands
+    from trait_assets.planning import commands as planning_commands
     from trait_assets.scenarios import commands as scenario_commands
 
+    planning_commands.register(app, one_line_errors)
     scenario_commands.register(app, one_line_errors)
     evaluation_commands.register(app, one_line_errors)
     results_commands.register(app, one_line_errors)
