@@ -87,15 +87,30 @@ class LaunchReport:
 @contextlib.contextmanager
 def open_instance() -> Iterator[dg.DagsterInstance]:
     """The instance that `dagster dev` from the repository uses, or that of DAGSTER_HOME."""
-    home = os.environ.get("DAGSTER_HOME")
-    if home:
-        with dg.DagsterInstance.from_config(home) as instance:
-            set_pool_limits(instance)
-            yield instance
-        return
-    with dg.DagsterInstance.from_config(str(instance_folder("cli"))) as instance:
+    folder = os.environ.get("DAGSTER_HOME") or str(instance_folder("cli"))
+    with _one_at_a_time(Path(folder)):
+        instance = dg.DagsterInstance.from_config(folder)
         set_pool_limits(instance)
+    with instance:
         yield instance
+
+
+@contextlib.contextmanager
+def _one_at_a_time(folder: Path) -> Iterator[None]:
+    """Let one process after the other open the history of this folder.
+
+    Two that open a new SQLite history at once both create its tables, and leave it with two schema versions, which no
+    later process can open.
+    """
+    with contextlib.ExitStack() as stack:
+        try:
+            import fcntl
+
+            handle = stack.enter_context(open(folder / ".opening", "ab"))
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        except (ImportError, OSError):
+            pass  # Windows, a read-only folder, a file system without locks: then it is up to luck
+        yield
 
 
 def instance_folder(use: str) -> Path:
