@@ -10,7 +10,6 @@ shared machine only the latter says something. Nothing outside a temporary folde
 from __future__ import annotations
 
 import argparse
-import json
 import random
 import statistics
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from storage import keys
+from storage.artifacts import encode_json
 from storage.index import ROW_TABLES
 from storage.lineage import Target, lineage
 from storage.manifest import Manifest, fingerprint, history_key
@@ -149,7 +149,7 @@ def synthesise(root: Path, traits: int, experiments: int) -> tuple[int, int]:
             summary={f"number_{i}": random.random() for i in range(20)},
             libraries={"torch": "2.13.0", "numpy": "2.4"},
         )
-        record = json.dumps(manifest.record()).encode()
+        record = encode_json(manifest.sealed())
         put(root, manifest.key, record)
         put(root, history_key(manifest), record)
         common = {
