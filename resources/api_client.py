@@ -118,6 +118,11 @@ def check_key(key: str | None, name: str) -> str | None:
     return key or None
 
 
+def redact(text: str, key: str | None) -> str:
+    """The text without the key: some servers repeat it in their messages."""
+    return text.replace(key, "***") if key and len(key) >= SHORTEST_SECRET else text
+
+
 class GaveUp(Exception):
     """This one request got no answer: `reason` is a slug, `detail` says what was last seen."""
 
@@ -611,7 +616,7 @@ class ApiClient(Generic[A]):
         return self._client
 
     def redact(self, text: str) -> str:
-        return text.replace(self._key, "***") if self._key and len(self._key) >= SHORTEST_SECRET else text
+        return redact(text, self._key)
 
     def _raise_if_fatal(self) -> None:
         if self._fatal is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import traceback
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
@@ -17,6 +18,14 @@ from storage.errors import UserError
 from trait_assets.cli import app
 from trait_assets.scenarios.dataset import load_trait
 from trait_assets.scenarios.preview import preview_trait
+
+
+@pytest.fixture(autouse=True)
+def own_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a judge answers is kept with results; those of a test are its own."""
+    monkeypatch.delenv("TRAITS_STORE", raising=False)
+    monkeypatch.setenv("TRAITS_EXPERIMENTS", str(tmp_path / "results"))
+    monkeypatch.setenv("TRAITS_STATE", str(tmp_path / "state"))
 
 
 def traits(*words: str | Path) -> Result:
@@ -134,9 +143,45 @@ def test_a_draft_takes_server_seed_and_thresholds_from_its_options(
     mark = json.loads((tmp_path / "mood" / "noon" / "drafted.json").read_text())
     assert mark["thresholds"] == {"positive": 55.0, "negative": 45.0}
     assert all(p >= 55 and n <= 45 for p, n in mark["scores"])
+    # vetting finds the judge's answers about what was drafted
+    asked_now = len(openai_server.requests)
+    experiment = tmp_path / "results" / "e" / "config.yaml"
+    experiment.parent.mkdir()
+    experiment.write_text("extraction_model: embedded:smollm2-135m-instruct\nsteering: false\n")
+    monkeypatch.setenv("TRAITS_DATASETS", str(tmp_path))
+    vetted = traits(
+        "vet-scenarios", "-e", "e", "-t", "mood/noon", "--pos-threshold", "55", "--neg-threshold", "45"
+    )
+    assert vetted.exit_code == 0, vetted.output
+    assert len(openai_server.requests) == asked_now
     impossible = traits("draft", "mood/eve", *at, "--pos-threshold", "100", "--neg-threshold", "0")
     assert impossible.exit_code == 2
     assert "no usable pair" in impossible.output
+
+
+def test_a_key_that_the_drafting_server_repeats_is_not_shown(
+    tmp_path: Path, openai_server: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    secret = "sk-test-0451-never-shown"
+    module = sys.modules[type(openai_server).__module__]
+    openai_server.script = lambda request: module.Reply(
+        401, module.error_body(f"Incorrect API key provided: {secret}")
+    )
+    monkeypatch.setenv("OPENAI_API_KEY", secret)
+    monkeypatch.setenv("OPENAI_BASE_URL", openai_server.base_url)
+    at = ["draft", "mood/dusk", "-d", "a dark mood", "--no-vet", "--root", tmp_path, "--verbose"]
+    done = traits(*at)
+    assert done.exit_code != 0
+    assert "Incorrect API key provided: ***" in done.output + str(done.exception)
+    assert secret not in done.output + "".join(traceback.format_exception(done.exception))
+    for spoilt in (f"{secret}\nx", f"{secret}…"):
+        monkeypatch.setenv("OPENAI_API_KEY", spoilt)
+        done = traits(*at)
+        assert done.exit_code != 0
+        assert "OPENAI_API_KEY" in done.output + str(done.exception)
+        assert secret not in done.output + "".join(traceback.format_exception(done.exception))
+    done = traits(*at, "--base-url", "http://me:hunter2@host/v1")
+    assert "hunter2" not in done.output + "".join(traceback.format_exception(done.exception))
 
 
 def test_draft_without_a_model_says_how_to_get_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

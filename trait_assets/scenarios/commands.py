@@ -228,22 +228,11 @@ def _encoder() -> Any:
 
 def _judge() -> Any:
     from resources.judges.resource import JudgeResource
+    from storage.workspace import Workspace
 
-    kept: dict[str, _Memory] = {}
-    return JudgeResource().judge(lambda trait: kept.setdefault(trait, _Memory()), None)
-
-
-class _Memory:
-    """A row cache for one command: drafts are judged once and thrown away."""
-
-    def __init__(self) -> None:
-        self._rows: dict[str, dict[str, Any]] = {}
-
-    def get(self, key: str) -> dict[str, Any] | None:
-        return self._rows.get(key)
-
-    def put_many(self, rows: Any) -> None:
-        self._rows.update({key: dict(row) for key, row in rows.items()})
+    # the answers are kept where vetting looks for them: what is drafted today is not paid for again tomorrow
+    workspace = Workspace(paths.results_root(), paths.lineage_path())
+    return JudgeResource().judge(lambda trait: workspace.row_cache("judgements", trait))
 
 
 def print_report(report: LintReport, *, quiet: bool = False) -> None:

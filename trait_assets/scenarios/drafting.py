@@ -363,19 +363,28 @@ def openai_complete(
         )
     import openai
 
+    from resources.api_client import check_address, check_key, redact
+
+    key = check_key(api_key or os.environ.get("OPENAI_API_KEY"), "OPENAI_API_KEY")
+    address = base_url or os.environ.get("OPENAI_BASE_URL")
+    if address:
+        check_address(address, where="option `--base-url`", key="OPENAI_API_KEY")
     # a server of one's own wants no key, but the client does
-    key = api_key or os.environ.get("OPENAI_API_KEY") or "none"
-    client = openai.OpenAI(api_key=key, base_url=base_url, timeout=timeout_s, max_retries=5)
+    client = openai.OpenAI(api_key=key or "none", base_url=address, timeout=timeout_s, max_retries=5)
 
     def complete(messages: list[dict[str, str]]) -> str:
+        said: str | None = None
         try:
             answer = client.chat.completions.create(model=model, messages=messages)  # type: ignore[arg-type]
         except openai.OpenAIError as error:
+            said = redact(f"{type(error).__name__}: {error}", key)
+        if said is not None:
+            # raised outside the handler: a trace shows what it was raised from, and that may hold the key
             raise UserError(
-                f"the drafting model cannot be used: {type(error).__name__}: {error}",
+                f"the drafting model cannot be used: {said}",
                 where=str(client.base_url),
                 remedy="check the address, the key and the model's name",
-            ) from error
+            )
         return well_formed(answer.choices[0].message.content or "") if answer.choices else ""
 
     return complete
