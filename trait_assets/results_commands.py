@@ -280,15 +280,30 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
         ] = None,
         judge: Annotated[str, typer.Option("--judge", help="auto, openai or local.")] = "auto",
         judge_model: Annotated[str | None, typer.Option("--judge-model")] = None,
+        scenarios: Annotated[
+            bool,
+            typer.Option(
+                "--scenarios",
+                help="Also score the traits' own scenarios; a fitted judge does it out of fold. An LLM judge is asked "
+                "some 200 questions per trait.",
+            ),
+        ] = False,
+        setting: Annotated[
+            list[str] | None,
+            typer.Option("--set", help="An option of the judge, e.g. --set judge.scoring=text."),
+        ] = None,
         as_json: JsonOption = False,
         verbose: VerboseOption = False,
     ) -> None:
         """Score hand-labelled texts with a judge: rank correlation, AUC, error and abstentions per trait."""
         with one_line_errors(verbose):
-            from resources.judges.agreement import SHIPPED, check_agreement, load_labelled
+            from resources.judges.agreement import SHIPPED, check_agreement, check_sides, load_labelled
             from resources.judges.resource import JudgeResource
-            from trait_assets.judging import trait_context
+            from trait_assets.cli import judge_options, merge_settings
+            from trait_assets.judging import Spending, trait_context
+            from trait_assets.progress import LinesProgress
             from trait_assets.scenarios.dataset import discover, load_trait
+            from trait_assets.scenarios.vetting import NEG_THRESHOLD, POS_THRESHOLD
 
             rows = load_labelled(labelled or SHIPPED)
             known = set(discover(paths.dataset_root()).traits)
@@ -296,19 +311,46 @@ def register(app: typer.Typer, one_line_errors: OneLineErrors) -> None:
                 trait: trait_context(load_trait(paths.dataset_root(), trait, require_steering=False))
                 for trait in sorted({row.trait for row in rows} & known)
             }
-            settings: dict[str, Any] = {"backend": judge}
-            if judge_model:
-                settings["model"] = judge_model
+            given = merge_settings({}, setting or [])
+            options = judge_options(given.pop("judge", {}), judge, judge_model)
+            if given:
+                raise UserError(
+                    f"`{next(iter(given))}` is no option of a judge",
+                    where="--set",
+                    remedy="write --set judge.NAME=VALUE",
+                )
             store = workspace()
-            report = check_agreement(
-                JudgeResource(**settings).judge(lambda trait: store.row_cache("judgements", trait)),
-                rows,
-                contexts,
-            )
+            with LinesProgress().task("judge-check", None) as task:
+                spending = Spending(task)
+                scorer = JudgeResource(**options).judge(
+                    lambda trait: store.row_cache("judgements", trait), on_progress=spending.show
+                )
+
+                def count(_: Any) -> None:
+                    task.advance(1)
+
+                report = check_agreement(scorer, rows, contexts, on_judged=count)
+                sides = (
+                    check_sides(
+                        scorer,
+                        contexts,
+                        pos_threshold=POS_THRESHOLD,
+                        neg_threshold=NEG_THRESHOLD,
+                        on_judged=count,
+                    )
+                    if scenarios
+                    else ()
+                )
+                spending.show(scorer.usage(), last=True)
+            document = report.to_json()
+            if sides:
+                document["scenarios"] = [row.record() for row in sides]
             if as_json:
-                _print_json(report.to_json())
+                _print_json(document)
             else:
-                _print(agreement_table(report.to_json()))
+                _print(agreement_table(document))
+                if sides:
+                    _print(sides_table(document["scenarios"]))
 
     @app.command()
     def steer(
@@ -373,6 +415,29 @@ def agreement_table(report: dict[str, Any]) -> Any:
             number(row["spearman"]),
             number(row["auc"]),
             number(row["mae"]),
+            ", ".join(f"{reason} {count}" for reason, count in row["abstained"].items()) or "–",
+        )
+    return table
+
+
+def sides_table(rows: list[dict[str, Any]]) -> Any:
+    from rich.table import Table
+
+    table = Table(title="Its scores of the traits' own scenarios", title_justify="left")
+    for column in ("trait", "scenarios", "scored", "right side of 50", "AUC", "kept at 60 / 40", "abstained"):
+        table.add_column(column)
+
+    def number(row: dict[str, Any], name: str, form: str) -> str:
+        return format(row[name], form) if name in row else "–"
+
+    for row in rows:
+        table.add_row(
+            row["trait"],
+            str(row["n"]),
+            str(row["n_scored"]),
+            number(row, "accuracy", ".1%"),
+            number(row, "auc", ".3f"),
+            f"{number(row, 'kept_positive', '.0%')} / {number(row, 'kept_negative', '.0%')}",
             ", ".join(f"{reason} {count}" for reason, count in row["abstained"].items()) or "–",
         )
     return table

@@ -1,4 +1,5 @@
-"""Does a judge agree with people? Hand-labelled texts, any judge, four numbers.
+"""Does a judge agree with people? Hand-labelled texts, any judge, four numbers; and with the sides on which a
+trait's author put its scenarios.
 
 The texts in agreement.jsonl were written and labelled for this project, over the traits it ships. Pure apart
 from the judge that is handed in: what a trait's definition and scenarios are, the caller knows.
@@ -79,6 +80,33 @@ class AgreementReport:
             "overall": self.overall.record(),
             "traits": [row.record() for row in self.traits],
             "rows": [dict(row) for row in self.rows],
+        }
+
+
+@dataclass(frozen=True)
+class Sides:
+    """How one trait's own scenarios are scored. `accuracy`: mean over both sides of the share on the right side
+    of 50; `auc`: chance that a positive scores above a negative; `kept_positive`, `kept_negative`: shares that
+    vetting keeps at its thresholds, of all. None where a side has no score. A judge that is fitted on these
+    scenarios scores each out of fold."""
+
+    trait: str
+    n: int
+    n_scored: int
+    accuracy: float | None
+    auc: float | None
+    kept_positive: float | None
+    kept_negative: float | None
+    abstained: dict[str, int]
+
+    def record(self) -> dict[str, Any]:
+        numbers = ("accuracy", "auc", "kept_positive", "kept_negative")
+        return {
+            "trait": self.trait,
+            "n": self.n,
+            "n_scored": self.n_scored,
+            **{name: round(v, 4) for name in numbers if (v := getattr(self, name)) is not None},
+            "abstained": dict(self.abstained),
         }
 
 
@@ -165,6 +193,66 @@ def check_agreement(
     )
 
 
+def check_sides(
+    judge: Judge,
+    contexts: Mapping[str, TraitContext],
+    *,
+    pos_threshold: float,
+    neg_threshold: float,
+    on_judged: Callable[[Judgement], None] | None = None,
+) -> tuple[Sides, ...]:
+    """Score every scenario of the traits; one row per trait, and the mean over traits at the end."""
+    items = [
+        JudgeItem(f"{trait}:{polarity}:{i}", "scenario", context, text, polarity=polarity, index=i)  # type: ignore[arg-type]
+        for trait, context in sorted(contexts.items())
+        for polarity, texts in (("positive", context.positives), ("negative", context.negatives))
+        for i, text in enumerate(texts)
+    ]
+    judged: dict[str, list[tuple[JudgeItem, Judgement]]] = {}
+    for item, judgement in zip(items, judge.score(items, on_judged=on_judged), strict=True):
+        judged.setdefault(item.context.trait, []).append((item, judgement))
+    rows = [_sides(trait, pairs, pos_threshold, neg_threshold) for trait, pairs in judged.items()]
+    reasons: Counter[str] = Counter()
+    for row in rows:
+        reasons.update(row.abstained)
+    mean = Sides(
+        trait="mean over traits",
+        n=sum(row.n for row in rows),
+        n_scored=sum(row.n_scored for row in rows),
+        accuracy=_mean([row.accuracy for row in rows]),
+        auc=_mean([row.auc for row in rows]),
+        kept_positive=_mean([row.kept_positive for row in rows]),
+        kept_negative=_mean([row.kept_negative for row in rows]),
+        abstained=dict(sorted(reasons.items())),
+    )
+    return (*rows, mean)
+
+
+def _sides(
+    trait: str, pairs: Sequence[tuple[JudgeItem, Judgement]], pos_threshold: float, neg_threshold: float
+) -> Sides:
+    of = {
+        side: [j.value for item, j in pairs if item.polarity == side and isinstance(j, Score)]
+        for side in ("positive", "negative")
+    }
+    n = Counter(item.polarity for item, _ in pairs)
+    reasons = Counter(judged.reason for _, judged in pairs if isinstance(judged, Abstention))
+    high, low = of["positive"], of["negative"]
+    both = bool(high and low)
+    return Sides(
+        trait=trait,
+        n=len(pairs),
+        n_scored=len(high) + len(low),
+        accuracy=(sum(v > 50 for v in high) / len(high) + sum(v < 50 for v in low) / len(low)) / 2
+        if both
+        else None,
+        auc=_order(high, low),
+        kept_positive=sum(v >= pos_threshold for v in high) / n["positive"] if n["positive"] else None,
+        kept_negative=sum(v <= neg_threshold for v in low) / n["negative"] if n["negative"] else None,
+        abstained=dict(sorted(reasons.items())),
+    )
+
+
 def agreement(trait: str, pairs: Sequence[tuple[Labelled, Judgement]]) -> Agreement:
     """The numbers of one trait. Abstentions are counted, never scored."""
     scored = [(row.label, judged.value) for row, judged in pairs if isinstance(judged, Score)]
@@ -199,8 +287,13 @@ def _mean(values: Sequence[float | None]) -> float | None:
 
 def _auc(scored: Sequence[tuple[float, float]]) -> float | None:
     """Mann–Whitney: the share of (high, low) pairs in the right order, ties count half."""
-    high = [score for label, score in scored if label >= HIGH]
-    low = [score for label, score in scored if label <= LOW]
+    return _order(
+        [score for label, score in scored if label >= HIGH],
+        [score for label, score in scored if label <= LOW],
+    )
+
+
+def _order(high: Sequence[float], low: Sequence[float]) -> float | None:
     if not high or not low:
         return None
     return sum((a > b) + 0.5 * (a == b) for a in high for b in low) / (len(high) * len(low))
