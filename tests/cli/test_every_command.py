@@ -20,36 +20,16 @@ from trait_assets.paths import REPOSITORY
 
 TRAIT, OTHER = "register/bureaucratic", "emotion/enthusiasm"
 EXERCISED: dict[str, set[str]] = {}
-# flags that tests of other rooms give on the command line; the file must name command and flag
-ELSEWHERE = {
-    "backfill": (
-        "tests/cli/test_backfill.py",
-        {"--traits", "--experiment", "--stage", "--chunk", "--url", "--dry-run", "--json"},
-    ),
-    "draft": (
-        "tests/scenarios/test_scenario_commands.py",
-        {
-            "--definition",
-            "--count",
-            "--model",
-            "--base-url",
-            "--vet",
-            "--pos-threshold",
-            "--neg-threshold",
-            "--seed",
-            "--root",
-        },
-    ),
-    "export": (
-        "tests/cli/test_results_commands.py",
-        {"--experiment", "--trait", "--out", "--format", "--architecture", "--activations"},
-    ),
-    "forget": ("tests/cli/test_results_commands.py", {"--dry-run", "--yes"}),
-    "lint": ("tests/scenarios/test_scenario_commands.py", {"--root", "--fast", "--strict", "--json"}),
-    "new": ("tests/scenarios/test_scenario_commands.py", {"--root"}),
+# how tests may write a flag
+SHORT = {
+    "--traits": "-t",
+    "--trait": "-t",
+    "--experiment": "-e",
+    "--stage": "-s",
+    "--out": "-o",
+    "--yes": "-y",
 }
-# how tests write these flags
-SHORT = {"--traits": "-t", "--trait": "-t", "--experiment": "-e", "--out": "-o", "--definition": "-d", "--count": "-n"}  # fmt: skip
+SHORT |= {"--definition": "-d", "--count": "-n", "--port": "-p"}
 
 
 def exercises(command: str, *flags: str) -> Callable[[Any], Any]:
@@ -84,21 +64,24 @@ def traits(finished, monkeypatch, tmp_path) -> Callable[..., Result]:
 
 
 def test_no_flag_is_without_a_test():
+    """Given by a test here, which says so with @exercises, or by a test of another room that types command and flag."""
+    tests = {
+        path: path.read_text(encoding="utf-8")
+        for path in (REPOSITORY / "tests").rglob("test_*.py")
+        if path != Path(__file__) and path.parent.name != "docs"
+    }
     group = typer.main.get_command(cli.app)
     for command in group.commands:  # type: ignore[attr-defined]
         if command in cli.STAGE_COMMANDS:
             # one set of options for all of them: test_every_option.py
             continue
-        path, elsewhere = ELSEWHERE.get(command, (None, set()))
-        tested = EXERCISED.get(command, set()) | elsewhere
-        assert flags_of(command) - {"--verbose"} == tested, (
-            f"`traits {command}`: write a test that gives what is new in its flags, and mark it with @exercises"
-        )
-        if path is not None:
-            source = (REPOSITORY / path).read_text(encoding="utf-8")
-            assert f'"{command}"' in source
-            for flag in elsewhere:
-                assert f'"{flag}"' in source or f'"{SHORT.get(flag)}"' in source, (command, flag)
+        assert EXERCISED.get(command, set()) <= flags_of(command)
+        rooms = [text for text in tests.values() if f'"{command}"' in text]
+        for flag in flags_of(command) - {"--verbose"} - EXERCISED.get(command, set()):
+            written = {flag, SHORT.get(flag, flag), flag.replace("--", "--no-", 1)}
+            assert any(f'"{word}"' in text for text in rooms for word in written), (
+                f"no test gives {flag} to `traits {command}`: write one, and mark it with @exercises if it is here"
+            )
 
 
 def test_every_flag_of_the_stage_commands_is_an_option_with_a_test():
@@ -127,6 +110,7 @@ BAD_INPUT = {
     "lint": ["no/such"],
     "new": ["NotAllowed"],
     "new-experiment": ["small", "--extraction-model", "m"],
+    "plan": ["-e", "nosuch"],
     "preview": ["no/such"],
     "show": ["-e", "nosuch"],
     "sql": ["DROP TABLE metrics"],
@@ -362,6 +346,46 @@ def test_preview(traits, smollm2, tmp_path):
         for n in ("1", "2", "3")
     }
     assert len(lines) > 1
+
+
+# flag and value → what of the estimate it changes
+PLANNED: dict[str, tuple[list[str], Callable[[dict[str, Any], dict[str, Any]], bool]]] = {
+    "--traits": (["emotion/*"], lambda b, g: g["stages"][0]["traits"] == 1),
+    "--traits-count": (["100"], lambda b, g: g["stages"][0]["rows"] == 50 * b["stages"][0]["rows"]),
+    "--device-profile": (["h100"], lambda b, g: g["rates"]["capture"]["source"] == "formula for h100"),
+    "--gpus": (["2"], lambda b, g: g["rates"]["capture"]["value"] > b["rates"]["capture"]["value"]),
+    "--model-shape": (["8b"], lambda b, g: g["rates"]["load"]["value"] > 10 * b["rates"]["load"]["value"]),
+    "--params": (["3e9"], lambda b, g: g["rates"]["generate"]["value"] < b["rates"]["generate"]["value"]),
+    "--generate-rate": (["1000"], lambda b, g: g["rates"]["generate"]["value"] == 1000),
+    "--capture-rate": (["1000"], lambda b, g: g["rates"]["capture"]["value"] == 1000),
+    "--steer-rate": (["1000"], lambda b, g: g["rates"]["steer"]["value"] == 1000),
+    "--judge-rate": (["50"], lambda b, g: g["rates"]["judge"]["value"] == 50),
+    "--judge": (["openai"], lambda b, g: g["total"]["judge_tokens"] > b["total"]["judge_tokens"] == 0),
+    "--judge-price": (["1,2", "--judge", "openai"], lambda b, g: g["total"]["judge_usd"] > 0),
+    "--judge-model": (["gpt-4.1-mini", "--judge", "openai"], lambda b, g: g["total"]["judge_tokens"] > 0),
+    "--chunk": (["1"], lambda b, g: (b["total"]["runs"], g["total"]["runs"]) == (1, 2)),
+    "--set": (["max_new_tokens=40"], lambda b, g: g["stages"][2]["tokens"] > 3 * b["stages"][2]["tokens"]),
+}
+
+
+@exercises("plan", "--experiment", "--force", "--json", *PLANNED)
+def test_plan(traits):
+    def estimate(*more: str) -> dict[str, Any]:
+        found: dict[str, Any] = json.loads(traits("plan", "--experiment", "small", "--json", *more).stdout)
+        return found
+
+    assert estimate()["total"]["tokens"] == 0
+    base = estimate("--force")
+    assert base["total"]["tokens"] > 0
+    for flag, (words, holds) in PLANNED.items():
+        assert holds(base, estimate("--force", flag, *words)), flag
+
+
+@pytest.mark.slow
+@exercises("plan", "--calibrate")
+def test_plan_measures_first(traits):
+    found = json.loads(traits("plan", "-e", "small", "--force", "--calibrate", "--json").stdout)
+    assert "formula" not in found["rates"]["capture"]["source"]
 
 
 @exercises("lint", "--quiet")

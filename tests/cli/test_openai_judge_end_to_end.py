@@ -10,6 +10,51 @@ TRAIT = "register/bureaucratic"
 SECRET = "sk-test-7f3a9c-never-written"
 
 
+def tree(project):
+    """What the published steering result was made from, as `traits lineage` tells it."""
+    asked = ("lineage", f"judged/{TRAIT}", "--stage", "steering_results", "--lines", "-1", "--json")
+    said = project.traits(*asked)
+    assert said.returncode == 0, said.stderr
+    return json.loads(said.stdout)
+
+
+def walk(node, kind):
+    own = [node] if node["kind"] == kind else []
+    return own + [found for child in node["children"] for found in walk(child, kind)]
+
+
+def assert_complete(node, lines):
+    """Down to the scenario lines: models with revisions, judge with rubric versions, options, code, run, states."""
+    assert node["state"] == "current"
+    results = {}
+    for result in walk(node, "result"):
+        assert result["state"] == "current", result["why"]
+        results[result["title"].split(" of ")[0]] = result["facts"]
+    stages = "scenarios vetted_scenarios responses vetted_responses activations vectors vector_evaluation"
+    assert set(results) == {*stages.split(), "steering_results"}
+    for stage, facts in results.items():
+        assert facts["run"], stage
+        assert facts["code version"], stage
+        assert facts["created"].startswith("20"), stage
+        assert "torch" in facts["libraries"], stage
+        assert len(facts["fingerprint"]) == 32, stage
+    judges = walk(node, "judge")
+    assert len(judges) >= 3  # scenarios, responses, steered answers
+    for judge in judges:
+        assert judge["facts"]["model"] == "gpt-4.1-mini"
+        assert {"scenario", "response", "steering", "coherence"} <= set(judge["facts"]["rubrics"])
+    models = walk(node, "model")
+    assert {model["title"].split()[0] for model in models} >= {"model", "application_model"}
+    assert all(model["facts"]["revision"] and model["facts"]["dtype"] for model in models)
+    options = {name: value for found in walk(node, "options") for name, value in found["facts"].items()}
+    assert {"seed", "max_new_tokens", "pos_threshold", "positions", "methods", "val_split"} <= set(options)
+    # each line of the file, and which of them were answered
+    shown = [found["title"] for found in walk(node, "scenario") if found["title"].startswith("positive")]
+    assert shown == [f"positive, line {i + 1}: {text}" for i, text in enumerate(lines) if text]
+    assert "positive lines used" in results["responses"]
+    assert [source["state"] for source in walk(node, "source")] == ["current"]
+
+
 @pytest.fixture
 def project(make_project, small_options):
     project = make_project(TRAIT)
@@ -46,8 +91,13 @@ def test_an_llm_judge_is_asked_once_and_its_key_is_never_written(project, openai
     path = project.datasets / TRAIT / "positive.txt"
     lines = path.read_text().split("\n")
     edited = "The clerk set the receipt aside and remarked that, pending verification of the enclosed forms, the office would"
+    before = tree(project)
+    assert_complete(before, lines)
     lines[kept[0]["line"] - 1] = edited
     path.write_text("\n".join(lines))
+    after = tree(project)
+    assert (after["state"], walk(after, "source")[0]["state"]) == ("outdated", "outdated")
+    assert {node["state"] for node in walk(after, "result")} == {"outdated"}
     openai_server.reset()
     third = project.run("run", "-e", "judged", env=env)
     assert third["stages"]["vetted_scenarios"]["work"][TRAIT]["judged_now"] == 1
