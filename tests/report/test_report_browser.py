@@ -170,3 +170,89 @@ def test_without_scripts_the_numbers_are_there(browser, finished):
     assert page.locator("table.overview tbody tr").count() == 3
     assert page.locator("#toy--alpha .numbers table").count() >= 4
     context.close()
+
+
+def test_every_control_is_reached_by_tab_and_shows_its_focus(browser, finished):
+    made = Visit(browser, finished.path)
+    wanted = made.page.evaluate(
+        "[...document.querySelectorAll('a[href], select, input, summary')].filter((e) => e.checkVisibility() && !e.disabled).length"
+    )
+    reached = 0
+    for _ in range(wanted + 50):
+        made.page.keyboard.press("Tab")
+        tag, outline, visible = made.page.evaluate(
+            """() => {
+              const e = document.activeElement, style = getComputedStyle(e), box = e.getBoundingClientRect();
+              return [e.tagName, parseFloat(style.outlineWidth) * (style.outlineStyle !== 'none'), box.bottom > 0 && box.top < innerHeight];
+            }"""
+        )
+        if tag == "BODY":
+            break
+        assert outline >= 2, tag
+        assert visible, tag
+        reached += tag in ("A", "SELECT", "INPUT", "SUMMARY")
+    assert reached == wanted
+    made.context.close()
+
+
+# the contrast of every text with what it stands on, by WCAG 2; cells of heat maps are coloured by the chart and left out
+CONTRAST = """() => {
+  const light = (c) => {
+    const [r, g, b] = c.map((v) => (v / 255 <= 0.03928 ? v / 255 / 12.92 : ((v / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  };
+  const parse = (text) => (text.match(/[\\d.]+/g) || []).map(Number);
+  const over = (c, below) => below.map((v, i) => v * (1 - (c[3] ?? 1)) + c[i] * (c[3] ?? 1));
+  const ground = (element) => {
+    const parents = [];
+    for (let e = element; e; e = e.parentElement) parents.unshift(parse(getComputedStyle(e).backgroundColor));
+    return parents.filter((c) => c.length).reduce((below, c) => over(c, below), [255, 255, 255]);
+  };
+  const faint = [], walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const element = walk.currentNode.parentElement, style = getComputedStyle(element);
+    if (!walk.currentNode.textContent.trim() || !element.getClientRects().length || element.closest('.heatmaplayer, script, option')) continue;
+    const below = ground(element), ink = parse(element.closest('svg') ? style.fill : style.color);
+    const pair = [light(over(ink, below)), light(below)].sort((a, b) => b - a);
+    const ratio = (pair[0] + 0.05) / (pair[1] + 0.05);
+    if (ratio < 4.5) faint.push([ratio.toFixed(2), walk.currentNode.textContent.trim().slice(0, 40)]);
+  }
+  return faint;
+}"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_every_text_stands_out_from_what_it_stands_on(browser, finished, scheme):
+    made = Visit(browser, finished.path, color_scheme=scheme)
+    made.draw_all()
+    made.page.evaluate("document.querySelectorAll('details').forEach((fold) => (fold.open = true))")
+    assert made.page.evaluate(CONTRAST) == []
+    made.context.close()
+
+
+# words of one chart that lie over each other
+OVERLAPS = """() => [...document.querySelectorAll('.chart')].flatMap((chart) => {
+  const words = [...chart.querySelectorAll('.xtick text, .ytick text, .x2tick text, .y2tick text, .g-xtitle, .g-ytitle, .g-x2title, .g-y2title')]
+    .filter((word) => word.textContent.trim());
+  const straight = words.filter((word) => !/rotate\\(-?30/.test(word.getAttribute('transform') || ''));
+  const boxes = straight.map((word) => [word.textContent, word.getBoundingClientRect()]);
+  const outer = chart.getBoundingClientRect();
+  const cut = boxes.filter(([, b]) => b.left < outer.left - 1 || b.right > outer.right + 1).map(([text]) => ['cut', text]);
+  const over = boxes.flatMap(([text, a], i) => boxes.slice(i + 1)
+    .filter(([, b]) => a.left < b.right - 2 && b.left < a.right - 2 && a.top < b.bottom - 3 && b.top < a.bottom - 3)
+    .map(([other]) => [chart.dataset.chart, text, other]));
+  return [...cut, ...over];
+})"""
+
+
+def test_no_words_lie_over_each_other_on_a_phone_and_on_paper(browser, finished):
+    phone = Visit(browser, finished.path, viewport={"width": 390, "height": 844})
+    phone.draw_all()
+    assert phone.page.evaluate("document.documentElement.scrollWidth") == 390
+    assert phone.page.evaluate(OVERLAPS) == []
+    phone.context.close()
+    paper = Visit(browser, finished.path, viewport={"width": 703, "height": 1000})
+    paper.page.emulate_media(media="print")
+    paper.page.evaluate("window.dispatchEvent(new Event('beforeprint'))")
+    assert paper.page.evaluate(OVERLAPS) == []
+    paper.context.close()

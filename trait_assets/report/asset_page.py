@@ -295,7 +295,7 @@ def numbers(stage: str, summary: Row) -> list[dict[str, str]]:
     """Every number of the summary with its meaning. One that nobody described is shown all the same, last."""
     known = NUMBERS.get(stage, ())
     rows = [
-        {"number": number.name, "value": value, "meaning": number.meaning}
+        {"number": number.name, "value": value, "meaning": number.meaning.replace(" %", PERCENT)}
         for number in known
         if (value := number.value(summary)) is not None
     ]

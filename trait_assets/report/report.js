@@ -37,9 +37,13 @@
   });
   const show = (element, traces, made) => {
     // on paper a figure is half a page wide, whatever the window was
-    const size = printing ? { width: 335, height: element.clientHeight > 300 ? 260 : 200, autosize: false } : { autosize: true };
+    const size = printing ? { width: 335, height: element.matches(".tall") && element.clientHeight > 230 ? 260 : 200, autosize: false } : { autosize: true };
     return Plotly.react(element, traces, { ...made, ...size }, { displayModeBar: false, responsive: true, doubleClick: false });
   };
+
+  // on a phone and on paper titles and tick labels need shorter words and larger steps
+  const phone = window.matchMedia("(max-width: 480px)");
+  const narrow = () => phone.matches || printing;
 
   const charts = {
     heat(element, trait) {
@@ -63,7 +67,7 @@
       }];
       if (metric.endsWith("auc")) traces[0].colorbar.tickformat = ".2f";
       show(element, traces, layout(t, {
-        shapes, xaxis: axis(t, { type: "category", title: { text: "layer" }, showgrid: false, nticks: 16, tickangle: 0 }),
+        shapes, xaxis: axis(t, { type: "category", title: { text: "layer" }, showgrid: false, nticks: narrow() ? 10 : 16, tickangle: 0 }),
         yaxis: axis(t, { type: "category", autorange: "reversed", showgrid: false, ticks: "" }),
       }));
       if (!element.dataset.listens) {
@@ -115,12 +119,12 @@
         shapes, annotations, margin: { l: 40, r: 10, t: 22, b: 36 },
         ...(split
           ? {
-              xaxis: axis(t, { domain: [0, 0.44], range: [0, 1.03], title: { text: `AUC of ${sample.length} random directions, layer ${n.best.layer}` } }),
+              xaxis: axis(t, { domain: [0, 0.44], range: [0, 1.03], title: { text: narrow() ? "AUC of random" : `AUC of ${sample.length} random directions, layer ${n.best.layer}` } }),
               yaxis: axis(t, { nticks: 4 }),
             }
           : {}),
-        xaxis2: axis(t, { domain: split ? [0.56, 1] : [0, 1], anchor: "y2", title: { text: "layer" } }),
-        yaxis2: axis(t, { anchor: "x2", range: [0, 1.05], title: { text: "held-out AUC" } }),
+        xaxis2: axis(t, { domain: split ? [0.56, 1] : [0, 1], anchor: "y2", title: { text: narrow() ? "held-out AUC by layer" : "layer" } }),
+        yaxis2: axis(t, { anchor: "x2", range: [0, 1.05], title: { text: narrow() ? "" : "held-out AUC" } }),
       }));
     },
 
@@ -164,7 +168,7 @@
         .map(([name, colour]) => ({ type: "line", x0: h.thresholds[name], x1: h.thresholds[name], yref: "paper", y0: 0, y1: 1, line: { color: colour, width: 1, dash: "dot" } }));
       show(element, traces, layout(t, {
         shapes, barmode: "overlay", showlegend: true, legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: printing ? 8 : 10.5 } },
-        margin: { l: 36, r: 10, t: 30, b: 36 },
+        margin: { l: 36, r: 16, t: 30, b: 36 },
         xaxis: axis(t, { range: [0, 100], dtick: 20, title: { text: `score by ${plain(h.judge || "the judge")}` } }),
         yaxis: axis(t, { title: { text: h.subject } }),
       }));
@@ -216,7 +220,7 @@
         shapes, annotations, showlegend: true, margin: { l: 46, r: 10, t: 30, b: 36 },
         legend: { orientation: "h", y: 1.02, yanchor: "bottom", x: 0, font: { size: printing ? 8 : 10.5 } },
         xaxis: axis(t, { rangemode: "tozero", title: { text: "dose (‖added‖ ÷ median ‖h‖)" }, anchor: "y2" }),
-        yaxis: axis(t, { domain: [0.38, 1], title: { text: "change of trait score" }, zerolinecolor: t.muted }),
+        yaxis: axis(t, { domain: [0.38, 1], title: { text: narrow() ? "change" : "change of trait score" }, zerolinecolor: t.muted }),
         yaxis2: axis(t, { domain: [0, 0.27], range: [0, 104], title: { text: "coherence" }, nticks: 4 }),
       }));
     },
@@ -237,7 +241,7 @@
       colorbar: { thickness: 9, outlinewidth: 0, tickfont: { size: 10 } },
       hovertemplate: `%{y} and %{x}: ${what} %{z:.2f}<extra></extra>`,
     }], layout(t, {
-      xaxis: axis(t, { type: "category", showgrid: false, ticks: "", tickangle: matrix.traits.length <= 3 && !printing ? 0 : -30 }),
+      xaxis: axis(t, { type: "category", showgrid: false, ticks: "", tickangle: matrix.traits.length <= 3 && !narrow() ? 0 : -30 }),
       yaxis: axis(t, { type: "category", autorange: "reversed", showgrid: false, ticks: "" }),
     }));
   }
@@ -257,6 +261,7 @@
   all.forEach((element) => near.observe(element));
   const redraw = () => drawn.forEach(draw);
   window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", redraw);
+  phone.addEventListener("change", redraw);
   // on paper nothing can be unfolded
   let unfolded = [];
   window.addEventListener("beforeprint", () => {
