@@ -1,7 +1,10 @@
 """The judges against the obvious ways to do their work, in one run on one machine.
 
-    python benchmarks/judges.py [--items 400] [--only faults,local]
+    python benchmarks/judges.py [--items 400] [--only faults,rate,local]
 
+`rate`: how long a run takes beside what its rate allows, once with our own rate limit against a server that
+answers 60 % of requests with 429, 5 % with 500, resets 2 %, leaves 2 % hanging, sends garbage to 3 % and a
+filter's refusal to 2 %; once with the server's limit, which answers 429 above a number of requests a second.
 `faults`: a server that limits its rate and fails now and then; our judge against the common pattern (gather
 over all items behind a semaphore, three tries half a second and a second apart, whatever is left is None):
 answers lost, requests sent, seconds; then the same items a second time. `local`: MiniLM scores of steered
@@ -116,6 +119,59 @@ def bench_faults(n: int) -> None:
             )
 
 
+def bench_rate(n: int) -> None:
+    module = server_module()
+    asked = items(n)
+
+    def run(server: Any, **options: Any) -> tuple[list[Any], float]:
+        with tempfile.TemporaryDirectory() as folder:
+            cache = RowCache(ArtifactStore(folder), "judgements")
+            settings = OpenAISettings(
+                model="loopback-1", base_url=server.base_url, max_concurrency=48, timeout_s=15.0, **options
+            )
+            judge = OpenAIJudge(settings, lambda trait: cache, api_key="none")
+            list(judge.score(items(1)))
+            server.reset()
+            start = time.perf_counter()
+            judged = list(judge.score([JudgeItem(f"r{i.key}", *_rest(i)) for i in asked]))
+            return judged, time.perf_counter() - start
+
+    with module.OpenAIServer() as server:
+        server.faults = module.Faults(
+            rate_limited=0.60,
+            retry_after=0.25,
+            server_error=0.05,
+            reset=0.02,
+            hang=0.02,
+            hang_s=30.0,
+            garbage=0.03,
+            content_filter=0.02,
+            seed=1,
+        )
+        per_second = 40
+        judged, seconds = run(server, requests_per_minute=60 * per_second)
+        sent = len(server.requests)
+        bad = sum(outcome in ("garbage", "content_filter") for outcome in server.outcome.values())
+        abstained = sum(isinstance(j, Abstention) for j in judged)
+        print(
+            f"our rate        {n} items, {abstained} abstained of {bad} without a score, {sent} requests at "
+            f"{per_second}/s: {seconds:.1f} s, {seconds / (sent / per_second):.2f}x of what the rate allows"
+        )
+    with module.OpenAIServer() as server:
+        server.faults = module.Faults(retry_after=0.25)
+        server.capacity = 60.0
+        judged, seconds = run(server)
+        lost = sum(isinstance(j, Abstention) for j in judged)
+        print(
+            f"server's rate   {n} items, {lost} lost, {len(server.requests)} requests at a server that answers "
+            f"60/s: {seconds:.1f} s, {seconds / (n / 60):.2f}x of what it allows"
+        )
+
+
+def _rest(item: JudgeItem) -> tuple[Any, ...]:
+    return item.rubric, item.context, item.prompt, f"again: {item.text}"
+
+
 def bench_local(n: int) -> None:
     from resources.judges import embedding
 
@@ -143,11 +199,13 @@ def bench_local(n: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--items", type=int, default=400)
-    parser.add_argument("--only", default="faults,local")
+    parser.add_argument("--only", default="faults,rate,local")
     given = parser.parse_args()
     wanted = set(given.only.split(","))
     if "faults" in wanted:
         bench_faults(given.items)
+    if "rate" in wanted:
+        bench_rate(given.items)
     if "local" in wanted:
         bench_local(given.items)
 

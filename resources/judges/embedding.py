@@ -21,7 +21,8 @@ WIDTH = 384
 # tokens per window, [CLS] and [SEP] included: what the encoder was trained for. Longer texts are read in
 # windows.
 WINDOW = 256
-CACHED_TEXTS = 200_000
+# 77 MB of vectors
+CACHED_TEXTS = 50_000
 
 _lock = threading.RLock()
 _loaded: tuple[Any, Any] | None = None

@@ -9,7 +9,8 @@ answers a score by a word rule, so that the whole pipeline can run against it:
     drawn by prompt and attempt server.script = lambda request: Reply(…) or None                   None: as
     usual server.tokeniser = "whole" | "digits" | "space" | "few" | "none"   how numbers stand among the
     log-probabilities server.reject = {"max_tokens", "logprobs", "temperature", "system"}
-    server.requests, server.asked[key], server.answered[key], server.outcome[key]     what happened
+    server.requests, server.asked[key], server.answered[key], server.outcome[key], server.replied[outcome]
+        what happened
 """
 
 from __future__ import annotations
@@ -147,6 +148,7 @@ class OpenAIServer:
         self.asked: Counter[str] = Counter()
         self.answered: Counter[str] = Counter()
         self.outcome: dict[str, str] = {}
+        self.replied: Counter[str] = Counter()
         self.in_flight = 0
         self.most_in_flight = 0
         self._words: dict[str, dict[str, float]] = {}
@@ -182,7 +184,7 @@ class OpenAIServer:
     def reset(self) -> None:
         """Forget what was asked so far; behaviour stays."""
         self.requests.clear()
-        for table in (self.asked, self.answered, self.outcome):
+        for table in (self.asked, self.answered, self.outcome, self.replied):
             table.clear()
         self.most_in_flight = 0
 
@@ -376,6 +378,7 @@ class OpenAIServer:
         self.asked[key] += 1
         self.requests.append(request)
         reply = self._answer(request)
+        self.replied[reply.outcome] += 1
         if reply.outcome in ("score", "garbage", "content_filter") or (
             reply.outcome == "scripted" and reply.status == 200 and not reply.reset
         ):

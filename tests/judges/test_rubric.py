@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +14,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from resources.judges.protocol import JudgeItem, TraitContext
-from resources.judges.rubric import Rendered, check_template, mark_for, render, render_on_topic
+from resources.judges.rubric import (
+    VERSIONS,
+    Rendered,
+    check_template,
+    mark_for,
+    render,
+    render_on_topic,
+)
 from storage.errors import UserError
 from trait_assets.scenarios.dataset import load_trait
 
@@ -217,3 +226,35 @@ def test_a_server_without_a_system_role_gets_one_message() -> None:
     assert only["role"] == "user"
     assert rendered.system in only["content"]
     assert rendered.user in only["content"]
+
+
+# version → SHA-256 (first 16) of what it asks about a fixed item. Other words are another question: raise the
+# version in `rubric.VERSIONS`, and write the new line here.
+WORDS = {
+    "scenario/1": "234d49650fa8a336",
+    "response/1": "895f68a4c2769684",
+    "steering/1": "ec31a62dc7b6c24f",
+    "coherence/1": "1683b8747e729dec",
+    "on_topic/1": "899bda07d51becf3",
+    "template/2": "fc40bf389da345c7",
+}
+
+
+def test_words_do_not_change_under_a_version() -> None:
+    item = JudgeItem("k", "scenario", CONTEXT, "The bus was late.", "It came at nine.")
+    asked = [
+        render(item),
+        render(replace(item, rubric="response")),
+        render(replace(item, rubric="steering")),
+        render(replace(item, rubric="coherence")),
+        render_on_topic(item),
+        render(replace(item, rubric="steering", template="Rate {answer} to {question}.")),
+    ]
+    digests = {
+        rendered.rubric.split(":")[0]: hashlib.sha256(
+            f"{rendered.system}\x1f{rendered.user}".encode()
+        ).hexdigest()[:16]
+        for rendered in asked
+    }
+    assert sorted(digests) == sorted(VERSIONS.values())
+    assert digests == WORDS
