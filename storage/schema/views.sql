@@ -68,21 +68,28 @@ JOIN current_pointers c
   ON t.stage = c.stage AND t.fingerprint = c.fingerprint AND t.run_id = c.run_id
  AND t.trait IS NOT DISTINCT FROM c.trait AND t.experiment IS NOT DISTINCT FROM c.experiment;
 
+-- The views that follow sum up many results; their run_id, fingerprint and created_at are those of the newest.
+
 CREATE OR REPLACE VIEW experiments AS
 SELECT experiment, count(DISTINCT trait) AS traits, count(DISTINCT stage) AS stages,
-       count(DISTINCT run_id) AS runs, min(created_at) AS first_result, max(created_at) AS last_result
+       count(DISTINCT run_id) AS runs, min(created_at) AS first_result, max(created_at) AS last_result,
+       max_by(run_id, created_at) AS run_id, max_by(fingerprint, created_at) AS fingerprint,
+       max(created_at) AS created_at
 FROM manifests WHERE experiment IS NOT NULL GROUP BY experiment;
 
 CREATE OR REPLACE VIEW traits AS
 SELECT trait, split_part(trait, '/', 1) AS category, count(DISTINCT experiment) AS experiments,
-       min(created_at) AS first_result, max(created_at) AS last_result
+       min(created_at) AS first_result, max(created_at) AS last_result,
+       max_by(run_id, created_at) AS run_id, max_by(fingerprint, created_at) AS fingerprint,
+       max(created_at) AS created_at
 FROM manifests WHERE trait IS NOT NULL GROUP BY trait;
 
 -- Runs of Dagster (or of whatever else gave the run_id), with what each of them made.
 CREATE OR REPLACE VIEW runs AS
 SELECT run_id, count(*) AS results, count(DISTINCT trait) AS traits,
        list_sort(list(DISTINCT stage)) AS stages, list_sort(list(DISTINCT experiment)) AS experiments,
-       min(created_at) AS first_result, max(created_at) AS last_result
+       min(created_at) AS first_result, max(created_at) AS last_result,
+       max_by(fingerprint, created_at) AS fingerprint, max(created_at) AS created_at
 FROM manifests GROUP BY run_id;
 
 -- Every model that took part, by the role under which a stage's options name it.
@@ -91,7 +98,9 @@ SELECT role, (options ->> ('$.' || role || '.model')) AS model,
        (options ->> ('$.' || role || '.revision')) AS revision, (options ->> ('$.' || role || '.dtype')) AS dtype,
        (options ->> ('$.' || role || '.quantization')) AS quantization,
        (options ->> ('$.' || role || '.adapter')) AS adapter,
-       list_sort(list(DISTINCT stage)) AS stages, count(DISTINCT trait) AS traits, max(created_at) AS last_result
+       list_sort(list(DISTINCT stage)) AS stages, count(DISTINCT trait) AS traits, max(created_at) AS last_result,
+       max_by(run_id, created_at) AS run_id, max_by(fingerprint, created_at) AS fingerprint,
+       max(created_at) AS created_at
 FROM manifests, (VALUES ('model'), ('extraction_model'), ('application_model')) AS roles(role)
 WHERE (options ->> ('$.' || role || '.model')) IS NOT NULL
 GROUP BY ALL;
@@ -99,7 +108,9 @@ GROUP BY ALL;
 -- Every judge that scored something, with its whole identity.
 CREATE OR REPLACE VIEW judges AS
 SELECT (options -> '$.judge') AS judge, list_sort(list(DISTINCT stage)) AS stages,
-       count(DISTINCT trait) AS traits, min(created_at) AS first_result, max(created_at) AS last_result
+       count(DISTINCT trait) AS traits, min(created_at) AS first_result, max(created_at) AS last_result,
+       max_by(run_id, created_at) AS run_id, max_by(fingerprint, created_at) AS fingerprint,
+       max(created_at) AS created_at
 FROM manifests WHERE (options -> '$.judge') IS NOT NULL GROUP BY (options -> '$.judge');
 
 -- One row per current result and each result that it was made from, at any distance (depth 1: a direct input).

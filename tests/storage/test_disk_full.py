@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 
 from storage.artifacts import ArtifactStore
 from storage.errors import UserError
+from storage.manifest import fingerprint
 from storage.rows import RowCache, TensorJournal
 from storage.workspace import Workspace
 
@@ -105,3 +107,64 @@ def test_a_database_without_space_is_behind_and_nothing_else(small_disk: Path, t
     ballast.unlink()
     assert workspace.metrics.write("demo", "vectors", "t/z", [], "r", "f") == "indexed"
     assert workspace.index.sql("SELECT count(*) FROM metrics").rows == [(20_001,)]
+
+
+def test_a_stage_meets_a_full_disk_at_every_point_of_its_commit(
+    small_disk: Path, tmp_path: Path, make_manifest
+) -> None:
+    """Page by page more space: each write of a result in turn is the one that finds none."""
+    workspace = Workspace(small_disk / "experiments", tmp_path / "lineage.duckdb")
+
+    def stage(n: int) -> None:
+        files = {}
+        # each larger than the one before, since a file that is replaced gives its own space back
+        for name, size in (("metadata.json", 3_000), ("picture.png", 14_000), ("a.safetensors", 30_000)):
+            key = f"demo/extraction/t/x/{name}"
+            files[key] = workspace.store.write_bytes(key, random.Random(f"{n}{name}").randbytes(size))
+        summary = {"n": n, "fill": "x" * 150_000}
+        rows = [
+            {"name": f"metric {n} {i}", "value": i / 7, "text": random.randbytes(12).hex()}
+            for i in range(4000)
+        ]
+        workspace.commit(
+            make_manifest(trait="t/x", fingerprint=fingerprint(n), files=files, summary=summary), rows
+        )
+
+    def state() -> str:
+        """What a reader finds: the old result whole, or damage by name; never a mixture that counts."""
+        manifest = workspace.manifests.read("demo", "vectors", "t/x")
+        assert manifest is not None
+        problems = workspace.manifests.verify(manifest)
+        return "; ".join(problems) if problems else f"result {manifest.summary['n']}"
+
+    stage(0)
+    failed_at: set[str] = set()
+    n = 0
+    for pages in (0, 2, 6, 10, 20, 30, 40, 50, 70, 80, 120):
+        n += 1
+        ballast = fill(small_disk)
+        with open(ballast, "rb+") as file:
+            file.truncate(ballast.stat().st_size - 4096 * pages)
+        try:
+            stage(n)
+        except UserError as error:
+            assert "no space left" in str(error)
+            assert "Free some space" in str(error)
+            assert error.where is not None
+            part = Path(error.where).relative_to(small_disk / "experiments" / "demo").parts
+            failed_at.add(part[-1] if part[0] == "extraction" else part[0])
+            said = state()
+            assert said == f"result {n - 1}" or "altered" in said or "of" in said
+            ballast.unlink()
+            stage(n)  # goes on when space is back
+        else:
+            ballast.unlink()
+            assert state() == f"result {n}"
+            break
+        assert state() == f"result {n}"
+        assert not list(small_disk.rglob("*.tmp"))
+    else:
+        pytest.fail("there was never enough space")
+    assert failed_at == {"metadata.json", "picture.png", "a.safetensors", "metrics", "history", "manifests"}
+    count = workspace.index.sql("SELECT count(DISTINCT fingerprint) FROM current_metrics").rows
+    assert count == [(1,)]

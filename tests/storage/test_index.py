@@ -407,6 +407,13 @@ def test_every_table_carries_where_its_rows_came_from(workspace: Workspace) -> N
         assert {"run_id", "fingerprint", "created_at", "experiment", "stage", "trait", "source"} <= set(
             columns
         )
+    for view in ("experiments", "traits", "models", "judges", "runs"):
+        columns = workspace.index.sql(f"SELECT * FROM {view}").columns
+        assert {"run_id", "fingerprint", "created_at"} <= set(columns), view
+    for table in ("manifests", "inputs", *ROW_TABLES):
+        current = workspace.index.sql(f"SELECT * FROM current_{table}").columns
+        assert current == workspace.index.sql(f"SELECT * FROM {table}").columns
+    assert "is_current" in workspace.index.sql("SELECT * FROM chain").columns
     assert "CREATE TABLE" in schema("tables")
 
 
