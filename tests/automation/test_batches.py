@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from typing import Any
 
@@ -189,3 +190,19 @@ def test_the_ui_shows_the_edited_trait_alone_as_stale(five):
     node = json.loads(json.dumps(answer.data))["assetNodeOrError"]
     assert node["partitionKeys"] == TRAITS[:3]
     assert node["staleStatusByPartition"] == ["FRESH", "STALE", "FRESH"]
+
+
+def test_a_folder_that_goes_between_two_stages_costs_only_what_was_never_read(five, instance):
+    register(instance, TRAITS[:2])
+    assert batch(five, instance, ("scenarios",), TRAITS[:1]).success
+    for trait in TRAITS[:2]:
+        shutil.rmtree(five.root / "datasets" / trait)
+    run = batch(five, instance, STAGES, TRAITS[:2])
+    (failure,) = [event.step_failure_data for event in run.all_events if event.is_step_failure]
+    assert "t/b has no `scenarios` yet" in failure.user_failure_data.description
+    # what was read is kept and says what it was made from; what was not has no result, so no row in any table
+    assert materialized(instance, "activations") == {"t/a"}
+    manifests = Workspace(paths.results_root(), paths.lineage_path()).manifests
+    assert manifests.read("demo", "activations", "t/b") is None
+    assert batch(five, instance, STAGES, TRAITS[:1]).success
+    assert materialized(instance, "vector_evaluation") == {"t/a"}
