@@ -130,6 +130,13 @@ def test_a_stage_meets_a_full_disk_at_every_point_of_its_commit(
             make_manifest(trait="t/x", fingerprint=fingerprint(n), files=files, summary=summary), rows
         )
 
+    def attempt(work: Callable[[int], None], n: int) -> UserError | None:
+        try:
+            work(n)
+        except UserError as error:
+            return error
+        return None
+
     def state() -> str:
         """What a reader finds: the old result whole, or damage by name; never a mixture that counts."""
         manifest = workspace.manifests.read("demo", "vectors", "t/x")
@@ -139,17 +146,15 @@ def test_a_stage_meets_a_full_disk_at_every_point_of_its_commit(
 
     stage(0)
     failed_at: set[str] = set()
-    n = 0
-    for pages in (0, 2, 6, 10, 20, 30, 40, 50, 70, 80, 120):
-        n += 1
+    for n, pages in enumerate((0, 2, 6, 10, 20, 30, 40, 50, 70, 80, 120), 1):
         ballast = fill(small_disk)
         with open(ballast, "rb+") as file:
             file.truncate(ballast.stat().st_size - 4096 * pages)
-        try:
-            stage(n)
-        except UserError as error:
-            assert "no space left" in str(error)
-            assert "Free some space" in str(error)
+        error = attempt(stage, n)
+        if error is not None:
+            said = str(error)
+            assert "no space left" in said
+            assert "Free some space" in said
             assert error.where is not None
             part = Path(error.where).relative_to(small_disk / "experiments" / "demo").parts
             failed_at.add(part[-1] if part[0] == "extraction" else part[0])
