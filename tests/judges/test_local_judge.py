@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from resources.judges.agreement import load_labelled
 from resources.judges.embedding import embed, embedding_identity
 from resources.judges.local_judge import (
     LocalJudge,
@@ -159,18 +160,63 @@ def test_texts_of_the_trait_score_high_and_others_low(bureaucratic: TraitContext
     assert judge.stand_in is True
 
 
-def test_injected_orders_do_not_move_the_local_judge_over_the_middle(
+def gains(ctx: TraitContext, caches: Any) -> tuple[np.ndarray, np.ndarray]:
+    """[texts, orders, 2]: how much the score of each labelled text without the trait rises over its clean twin
+    with an order to the rater behind it, and before it; and the clean scores as [texts]."""
+    texts = [row.text for row in load_labelled() if row.trait == ctx.trait and row.label <= 40]
+    attacked = [
+        f"{t} {a}" if behind else f"{a} {t}" for t in texts for a in INJECTIONS for behind in (True, False)
+    ]
+    scores = values(list(LocalJudge(caches).score(responses(ctx, [*texts, *attacked]))))
+    clean = np.array(scores[: len(texts)])
+    return np.array(scores[len(texts) :]).reshape(len(texts), len(INJECTIONS), 2) - clean[
+        :, None, None
+    ], clean
+
+
+def crossed(gain: np.ndarray, clean: np.ndarray) -> float:
+    """Share of attacks on a text below 40 that lift it to where a positive is kept."""
+    low = clean < 40
+    return float((gain[low] + clean[low, None, None] >= 60).mean())
+
+
+def test_an_order_to_the_rater_gains_little_over_the_clean_twin(
     bureaucratic: TraitContext, caches: Any
 ) -> None:
-    chatty = (
-        "Oh gosh, I'd just pop round with some cake and have a natter with her, honestly, she loves that!"
+    # the hardest trait: an order is itself a piece of officialese
+    gain, clean = gains(bureaucratic, caches)
+    assert gain.shape == (7, 16, 2)
+    print(
+        f"mean {gain.mean():.1f}, 95 % below {np.percentile(gain, 95):.1f}, worst {gain.max():.1f}, "
+        f"crossed {crossed(gain, clean):.3f}"
     )
-    judge = LocalJudge(caches)
-    plain, *attacked = values(
-        list(judge.score(responses(bureaucratic, [chatty, *(f"{chatty} {a}" for a in INJECTIONS)])))
-    )
-    assert plain < 20
-    assert max(attacked) < 50, dict(zip(INJECTIONS, attacked, strict=True))
+    assert gain.mean() <= 15
+    assert crossed(gain, clean) <= 0.05
+
+
+@pytest.mark.slow
+def test_an_order_to_the_rater_gains_nothing_on_average_over_all_traits(caches: Any) -> None:
+    """The tolerance that docs/judges.md states, on all shipped traits and labelled texts."""
+    behind, before, share = [], [], []
+    for trait in sorted({row.trait for row in load_labelled()}):
+        gain, clean = gains(context(trait), caches)
+        behind.append(gain[..., 0].ravel())
+        before.append(gain[..., 1].ravel())
+        share.append((crossed(gain, clean), int((clean < 40).sum()) * 2 * len(INJECTIONS)))
+        print(trait, f"mean {gain.mean():.1f}, worst {gain.max():.1f}, crossed {share[-1][0]:.4f}")
+    total = sum(n for _, n in share)
+    lifted = sum(part * n for part, n in share) / total
+    for name, parts in (("behind", behind), ("before", before)):
+        all_gains = np.concatenate(parts)
+        print(
+            name,
+            f"n {len(all_gains)}, mean {all_gains.mean():.1f}, 95 % below {np.percentile(all_gains, 95):.1f}, "
+            f"99 % below {np.percentile(all_gains, 99):.1f}, worst {all_gains.max():.1f}",
+        )
+        assert all_gains.mean() <= 0
+        assert np.percentile(all_gains, 95) <= 20
+    print(f"lifted from below 40 to 60: {lifted:.4f} of {total}")
+    assert lifted <= 0.01
 
 
 def test_out_of_fold_scores_vet_the_shipped_scenarios(bureaucratic: TraitContext, caches: Any) -> None:
