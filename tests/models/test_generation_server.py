@@ -404,12 +404,12 @@ def test_a_real_server_of_smollm2_gives_the_ids_it_gives_here(frontend: Frontend
     )
     model = ServedModel(frontend, settings)
     traits = Path(__file__).parents[2] / "datasets" / "traits" / "register" / "bureaucratic"
-    lines = (traits / "positive.txt").read_text(encoding="utf-8").splitlines()[:24]
+    lines = (traits / "positive.txt").read_text(encoding="utf-8").splitlines()[:12]
     questions = ["Say yes.", "Hello!", "Name a colour.", "What is 2 + 2? One word.", "Are you well?"]
     prompts = [model.encode(line, chat=False).ids for line in lines]
     prompts += [model.encode(text, chat=True).ids for text in questions]
     asked = [GenerationRow(f"r{i}", ids) for i, ids in enumerate(prompts)]
-    options = GenerationOptions(max_new_tokens=48)
+    options = GenerationOptions(max_new_tokens=32)
     there = {row.key: row for row in model.generate(asked, options)}
     here = {row.key: row for row in smollm2.generate(asked, options)}
     assert {row.finish_reason for row in here.values()} == {"stop", "length"}
