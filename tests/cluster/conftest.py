@@ -157,21 +157,22 @@ CREDENTIALS = {
 TINY = {
     "description": "A tiny random model: what is tested is where it runs.",
     "vet": False,
-    "max_new_tokens": 48,
-    "scenario_limit": 16,
+    # small batches of longish answers: there is a middle of a run in which to kill it
+    "max_new_tokens": 40,
+    "scenario_limit": 12,
     "batch_size": 2,
     "methods": ["mean_diff", "probe"],
     "n_random": 20,
     "n_permutations": 20,
     "bootstrap": 100,
     "steer": {
-        "questions": 6,
-        "max_new_tokens": 8,
+        "questions": 4,
+        "max_new_tokens": 6,
         "max_candidates": 2,
-        "doses": [0.2, 0.5],
+        "doses": [0.3],
         "refine_steps": 0,
-        "controls": 2,
-        "bootstrap": 200,
+        "controls": 1,
+        "bootstrap": 100,
     },
 }
 TRAITS = [
@@ -255,20 +256,7 @@ def _start(made: Cluster) -> None:
     made.services.append(moto)
 
     gcs = machines.free_port()
-    head = machines.ray_node(
-        "head",
-        base,
-        made.env_of("head"),
-        "--head",
-        f"--port={gcs}",
-        "--num-cpus=0",
-        "--num-gpus=0",
-        "--include-dashboard=true",
-        "--dashboard-host=127.0.0.1",
-        f"--dashboard-port={dashboard}",
-        f"--ray-client-server-port={machines.free_port()}",
-        f"--temp-dir={base / 'ray'}",
-    )
+    head = machines.ray_head(base, made.env_of("head"), gcs, dashboard)
     made.services.append(head)
     machines.wait(lambda: machines.answers(f"http://127.0.0.1:{s3}/moto-api/"), 240, "the S3 server answers")
     import boto3
@@ -283,22 +271,11 @@ def _start(made: Cluster) -> None:
     machines.wait(
         lambda: machines.answers(f"http://127.0.0.1:{dashboard}/api/version"), 240, "Ray takes jobs"
     )
-    for number in (1, 2):
-        name = f"worker{number}"
-        # a GPU in name only: it makes Ray place one model-bound run per worker
-        node = machines.ray_node(
-            name,
-            base,
-            made.env_of(name),
-            f"--address={machines.own_address()}:{gcs}",
-            "--num-cpus=1",
-            "--num-gpus=1",
-        )
+    for name in ("worker1", "worker2"):
+        node = machines.ray_worker(name, base, made.env_of(name), f"{machines.own_address()}:{gcs}")
         made.nodes.append(node)
         # nodes that start on one host at the same moment get in each other's way
-        machines.wait(
-            lambda node=node: node.check() or "Ray runtime started" in node.tail(), 120, f"{name} joins"
-        )
+        machines.wait(lambda node=node: node.check() or machines.STARTED in node.tail(), 300, f"{name} joins")
 
     services_env = made.env_of("services", DAGSTER_HOME=str(made.home))
 

@@ -23,6 +23,8 @@ from typing import Any
 import psutil
 
 BIN = Path(sys.executable).parent
+# the least that Ray accepts
+STORE_BYTES = 80 * 2**20
 
 
 def free_port() -> int:
@@ -220,17 +222,58 @@ class Postgres:
             self.service.stop(signal.SIGINT)
 
 
-def ray_node(name: str, folder: Path, env: Mapping[str, str], *options: str) -> Service:
-    """A Ray node (`ray start --block`): its raylet and agents, and the runs it executes, are its process tree."""
-    command = [str(BIN / "ray"), "start", "--block", f"--node-ip-address={own_address()}"]
+SETTINGS = {
+    "RAY_memory_monitor_refresh_ms": "0",
+    # on a busy machine a slow answer is no dead node; a killed one is noticed by its broken connection
+    "RAY_health_check_timeout_ms": "60000",
+    "RAY_raylet_start_wait_time_s": "240",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
+STARTED = "Ray runtime started"
+HEAD = f"""
+import json, sys, time
+from ray.cluster_utils import Cluster
+
+cluster = Cluster(initialize_head=True, head_node_args=json.loads(sys.argv[1]))
+print({STARTED!r}, flush=True)
+while True:
+    time.sleep(60)
+"""
+
+
+def ray_head(folder: Path, env: Mapping[str, str], port: int, dashboard: int) -> Service:
+    """The head node, which takes jobs and runs none.
+
+    Not by `ray start --block`, which also starts the server of Ray's client protocol, unused here, and ends with it.
+    """
+    arguments = {
+        "num_cpus": 0,
+        "num_gpus": 0,
+        "object_store_memory": STORE_BYTES,
+        "gcs_server_port": port,
+        "include_dashboard": True,
+        "dashboard_host": "127.0.0.1",
+        "dashboard_port": dashboard,
+        "dashboard_agent_listen_port": free_port(),
+        "metrics_export_port": free_port(),
+        "node_ip_address": own_address(),
+    }
+    (folder / "ray").mkdir()
+    command = [sys.executable, "-c", HEAD, json.dumps(arguments)]
+    settings = {**SETTINGS, "RAY_TMPDIR": str(folder)}
+    return Service("head", command, {**env, **settings}, folder / "head.log", folder).start()
+
+
+def ray_worker(name: str, folder: Path, env: Mapping[str, str], address: str) -> Service:
+    """A worker (`ray start --block`): its raylet and agents, and the runs it executes, are its process tree.
+
+    Its GPU is one in name only: it makes Ray place one model-bound run per worker.
+    """
+    command = [str(BIN / "ray"), "start", "--block", f"--address={address}", "--num-cpus=1", "--num-gpus=1"]
     # every node of the one host needs ports of its own
     command += [f"--dashboard-agent-listen-port={free_port()}", f"--metrics-export-port={free_port()}"]
-    command += [f"--object-store-memory={80 * 2**20}", "--disable-usage-stats", *options]
-    settings = {
-        "RAY_memory_monitor_refresh_ms": "0",
-        # on a busy machine a slow answer is no dead node; a killed one is noticed by its broken connection
-        "RAY_health_check_timeout_ms": "60000",
-    }
+    command += [f"--object-store-memory={STORE_BYTES}", f"--node-ip-address={own_address()}"]
+    settings = {**SETTINGS, "RAY_TMPDIR": str(folder)}
     return Service(name, command, {**env, **settings}, folder / f"{name}.log", folder).start()
 
 
