@@ -11,6 +11,7 @@ from storage import keys
 from storage.manifest import Manifest, fingerprint
 from storage.tensors import pack
 from storage.workspace import Workspace
+from trait_assets.vectors.extraction import VectorsStage
 from trait_assets.vectors.vector import VectorFile, vector_folder
 
 MODEL = {"model": "org/tiny", "revision": "a" * 40, "dtype": "float32"}
@@ -79,7 +80,8 @@ def commit(
         "trait": trait,
         "fingerprint": fingerprint([stage, trait, experiment, sorted(r.sha256 for r in records.values())]),
         "status": "done",
-        "code_version": "1",
+        # lineage compares it with today's
+        "code_version": VectorsStage.code_version if stage == "vectors" else "1",
         "run_id": "run-1",
         "created_at": datetime.now(UTC).isoformat(),
         "files": records,

@@ -161,7 +161,7 @@ def test_the_persona_layout_counts_the_embedding_as_row_0(workspace: Workspace, 
     (written,) = export_vectors(
         workspace, "demo", TRAIT, tmp_path, format="persona", methods=["mean_diff"], layers=[1, 3]
     )
-    assert written.path.name == "tonal_dry_response_avg_diff.pt"
+    assert written.path.name == "tonal.dry_response_avg_diff.pt"
     assert "3 layers" in written.note
     stacked = torch.load(written.path)
     assert tuple(stacked.shape) == (6, 32)
@@ -237,6 +237,50 @@ def test_a_file_that_would_run_code_does_not(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="plain tensors"):
         import_vectors(path, trait=TRAIT, fit=FIT)
     assert not (tmp_path / "exploded").exists()
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        {"method": "../../../evil"},
+        {"method": "a/b"},
+        {"method": ["x"]},
+        {"method": "CON/.."},
+        {"position": "../../etc[:]"},
+        {"position": 5},
+        {"hook_site": "mlp_out"},
+        {"model": "org/other"},
+        {"format": "trait-vectors/99"},
+    ],
+)
+def test_a_header_that_points_elsewhere_is_refused(
+    workspace: Workspace, stored: ModuleType, tmp_path: Path, header: dict
+) -> None:
+    from storage.tensors import pack, unpack
+
+    tensors, metadata = unpack(stored.vector_file().pack())
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(pack(tensors, {**metadata, **header}))
+    before = workspace.store.list()
+    with pytest.raises(UserError):
+        save_imported(workspace, "demo", import_vectors(path, trait=TRAIT, fit=FIT), run_id="r")
+    for name in ("layers", "raw_norm", "directions"):
+        path.write_bytes(pack({k: v for k, v in tensors.items() if k != name}, metadata))
+        with pytest.raises(UserError, match=r"x\.safetensors"):
+            import_vectors(path, trait=TRAIT, fit=FIT)
+    assert workspace.store.list() == before
+
+
+def test_traits_that_read_alike_are_exported_apart(workspace: Workspace, stored: ModuleType, tmp_path: Path):
+    names = {}
+    for trait in ("a_b/c", "a/b_c", "a-b/c", "a/b-c"):
+        stored.store_vectors(workspace, stored.vector_file(trait=trait))
+        for kind in FORMATS:
+            (written,) = export_vectors(
+                workspace, "demo", trait, tmp_path / kind, format=kind, architecture="llama"
+            )
+            assert names.setdefault(written.path, trait) == trait
+    assert len(names) == 4 * len(FORMATS)
 
 
 @pytest.mark.parametrize("name", ["x.pt", "x.safetensors", "x.gguf", "layer3.pt"])

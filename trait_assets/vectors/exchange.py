@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from resources.models.positions import Position
 from storage.artifacts import ArtifactStore, FileRecord, encode_json
 from storage.errors import UserError
 from trait_assets.vectors.vector import VectorFile, load_vectors, vector_folder
@@ -39,6 +40,7 @@ _GGUF_ARCHITECTURE = "controlvector"
 # Facts that llama.cpp does not read, under our own prefix, so that a file can say what it is.
 _GGUF_OWN = "trait_vectors"
 _LAYER_FILE = re.compile(r"layer(\d+)\.pt")
+_METHOD = re.compile(r"[A-Za-z0-9_+-]{1,80}")
 _DIRECTION = re.compile(r"direction\.(\d+)")
 
 # Hugging Face's model_type → llama.cpp's architecture, where they differ.
@@ -153,8 +155,6 @@ def _chosen(
 
 
 def _name(file: VectorFile) -> str:
-    from resources.models.positions import Position
-
     trait = file.trait.replace("/", ".")
     return f"{trait}.{Position.parse(file.position).folder}.{file.component}.{file.method}"
 
@@ -273,8 +273,11 @@ def _export_gguf(file: VectorFile, out: Path, architecture: str | None) -> Expor
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
-    finally:
+    except BaseException:
         writer.close()
+        temporary.unlink(missing_ok=True)
+        raise
+    writer.close()
     temporary.replace(path)
     return Exported(path, "gguf", tuple(layers), note)
 
@@ -334,8 +337,6 @@ _PERSONA_NAMES = {
 
 
 def _export_persona(file: VectorFile, out: Path) -> Exported:
-    from resources.models.positions import Position
-
     if file.component != "residual":
         raise UserError(
             f"this layout holds the residual stream, not {file.component}",
@@ -354,7 +355,8 @@ def _export_persona(file: VectorFile, out: Path) -> Exported:
         stacked[layer + 1] = vector
     kind = _PERSONA_NAMES.get(file.position, Position.parse(file.position).folder)
     suffix = "" if file.method == "mean_diff" else f"_{file.method}"
-    path = out / f"{file.trait.replace('/', '_')}_{kind}{suffix}.pt"
+    # a dot, which no name has: a_b/c and a/b_c are two traits
+    path = out / f"{file.trait.replace('/', '.')}_{kind}{suffix}.pt"
     _write(path, _torch_bytes(stacked))
     missing = int(n_layers) - len(file.layers)
     return Exported(
@@ -391,8 +393,22 @@ def import_vectors(
     readers = {"pt": _read_pt, "safetensors": _read_safetensors, "gguf": _read_gguf, "persona": _read_persona}
     if kind not in readers:
         raise UserError(f"unknown format {kind!r}", where="--format", remedy=f"Use {', '.join(FORMATS)}.")
-    vectors, facts = readers[kind](path, fit)
     where = str(path)
+    try:
+        vectors, facts = readers[kind](path, fit)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:  # what a foreign file may hold is open
+        raise UserError(
+            f"this file has not the form that its name promises ({type(error).__name__}: {error})",
+            where=where,
+            remedy="Say what it is with --format, or export it again.",
+        ) from error
+    method = facts.get("method") or kind
+    if not isinstance(method, str) or not _METHOD.fullmatch(method):
+        raise UserError(f"the file names the method {method!r}, which cannot be a folder", where=where)
+    place = position or facts.get("position") or "response[:]"
+    if not isinstance(place, str):
+        raise UserError(f"the file names the position {place!r}, which is no text", where=where)
+    Position.parse(place)
     _check_facts(facts, fit, where, any_model)
     _check_vectors(vectors, fit, where)
     layers = sorted(vectors)
@@ -411,8 +427,8 @@ def import_vectors(
         metadata["n_layers"] = fit.n_layers
     return VectorFile(
         trait=trait,
-        method=f"imported-{facts.get('method') or kind}",
-        position=position or facts.get("position") or "response[:]",
+        method=f"imported-{method}",
+        position=place,
         component=fit.component,
         layers=layers,
         directions=(stacked / norms[:, None]).astype(np.float32),
