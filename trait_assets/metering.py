@@ -158,11 +158,10 @@ def summary(row: Mapping[str, Any]) -> dict[str, Any]:
             shown[name] = round(row[name], 2)
     if row["gpu_peak_bytes"]:
         shown["gpu_peak_gib"] = round(row["gpu_peak_bytes"] / GIB, 2)
-    if row["judge"] is not None:
-        shown["judge_calls"] = row["judge_calls"]
+    if row["judge_prompt_tokens"]:
         shown["judge_tokens"] = row["judge_prompt_tokens"] + row["judge_completion_tokens"]
-        if row["judge_cost_usd"] is not None:
-            shown["judge_cost_usd"] = round(row["judge_cost_usd"], 6)
+    if row["judge_cost_usd"] is not None:
+        shown["judge_cost_usd"] = round(row["judge_cost_usd"], 6)
     return shown
 
 

@@ -155,7 +155,7 @@ def test_the_ui_shows_it(ctx: StageContext) -> None:
     results = {r.trait: r for r in pipeline.run(Working(WORK), ctx, list(WORK))}
     shown = result_metadata(ctx.workspace, results["t/a"])
     text = {name: str(getattr(value, "value", value)) for name, value in shown.items()}
-    assert {"rows_per_second", "tokens_per_second", "judge_calls", "judge_cost_usd"} <= set(
+    assert {"rows_per_second", "tokens_per_second", "judge_tokens", "judge_cost_usd"} <= set(
         results["t/a"].manifest.summary  # type: ignore[union-attr]
     )
     # however the page words them, the numbers are on it

@@ -61,6 +61,15 @@ def written(value: Any, kind: Kind) -> str | None:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
+# what the model's and the judge's work took; rows that were known took nothing and are not counted
+_TOOK = (
+    Number("tokens_per_second", "tokens through the model per second in this run", plotted=True),
+    Number("rows_per_second", "rows through the model per second"),
+    Number("gpu_peak_gib", "most GPU memory held, GiB", plotted=True),
+)
+_PAID = (Number("judge_tokens", "tokens sent to the judge and received in this run", "count"),)
+
+
 def _vetting(what: str, question: str) -> tuple[Number, ...]:
     return (
         Number("n_kept", f"{what} kept", "count", plotted=True),
@@ -95,10 +104,20 @@ def _vetting(what: str, question: str) -> tuple[Number, ...]:
         Number(
             "judge_is_stand_in", "a judge fitted on this trait's own scenarios: no claim rests on it", "text"
         ),
-        Number("judge_cost_usd", "US dollars paid in this run"),
         Number("judged_now", "calls in this run; the rest was known", "count"),
+        *_PAID,
     )
 
+
+# what `metering.summary` adds to every stage that ran something
+_WORK = (
+    Number("rows_per_second", "through the model, in this run", plotted=True),
+    Number("tokens_per_second", "through the model, in this run", plotted=True),
+    Number("gpu_peak_gib", "most memory of the GPU in use, GiB"),
+    Number("judge_calls", "calls of the judge in this run", "count"),
+    Number("judge_tokens", "tokens asked and answered by the judge in this run", "count"),
+    Number("judge_cost_usd", "US dollars paid to the judge in this run"),
+)
 
 _ACCURACY = "of held-out rows on the right side of the threshold fitted on train [95 %]; good from 90 %"
 
@@ -127,6 +146,10 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("model", "who answered", "text"),
         Number("generated_now", "generated in this run", "count"),
         Number("from_cache", "known from an earlier run", "count"),
+        *_TOOK,
+        Number("generated_by", "the generation server's engine and version", "text"),
+        Number("served_revision", "the revision that the server says it serves", "text"),
+        Number("server_notes", "what of the server could not be compared", "text"),
     ),
     "vetted_responses": _vetting("responses", "did the model show the trait?"),
     "activations": (
@@ -140,6 +163,7 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("median_norm_middle", "median ‖h‖ at the middle layer, the first token left out"),
         Number("captured_now", "rows run through the model in this run", "count"),
         Number("reused", "rows known from an earlier run", "count"),
+        *_TOOK,
         Number("notes", "what to know about the split", "text"),
     ),
     "vectors": (
@@ -219,6 +243,8 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("judge_is_stand_in", "a judge fitted on this trait's own scenarios: no claim rests on it", "text"),
         Number("generated_now", "answers generated in this run", "count"),
         Number("judged_now", "calls of the judge in this run", "count"),
+        *_PAID,
+        *_TOOK,
         Number("flags", "what to know", "text"),
     ),
     "extraction_evaluation": (
@@ -279,10 +305,14 @@ def headline(stage: str, summary: Row) -> str | None:
     return write(summary) if write else None
 
 
+def _described(stage: str) -> tuple[Number, ...]:
+    return (*NUMBERS.get(stage, ()), *_WORK)
+
+
 def plotted(stage: str, summary: Row) -> dict[str, int | float]:
     """The few numbers that are entries of their own, rounded; NaN and infinity have no place in JSON."""
     found: dict[str, int | float] = {}
-    for number in NUMBERS.get(stage, ()):
+    for number in _described(stage):
         value = summary.get(number.name)
         if not number.plotted or isinstance(value, bool) or not isinstance(value, (int, float)):
             continue
@@ -293,7 +323,7 @@ def plotted(stage: str, summary: Row) -> dict[str, int | float]:
 
 def numbers(stage: str, summary: Row) -> list[dict[str, str]]:
     """Every number of the summary with its meaning. One that nobody described is shown all the same, last."""
-    known = NUMBERS.get(stage, ())
+    known = _described(stage)
     rows = [
         {"number": number.name, "value": value, "meaning": number.meaning.replace(" %", PERCENT)}
         for number in known
