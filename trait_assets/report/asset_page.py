@@ -61,15 +61,6 @@ def written(value: Any, kind: Kind) -> str | None:
     return f"{value:,}" if isinstance(value, int) else f"{value:.3g}"
 
 
-# what the model's and the judge's work took; rows that were known took nothing and are not counted
-_TOOK = (
-    Number("tokens_per_second", "tokens through the model per second in this run", plotted=True),
-    Number("rows_per_second", "rows through the model per second"),
-    Number("gpu_peak_gib", "most GPU memory held, GiB", plotted=True),
-)
-_PAID = (Number("judge_tokens", "tokens sent to the judge and received in this run", "count"),)
-
-
 def _vetting(what: str, question: str) -> tuple[Number, ...]:
     return (
         Number("n_kept", f"{what} kept", "count", plotted=True),
@@ -105,17 +96,15 @@ def _vetting(what: str, question: str) -> tuple[Number, ...]:
             "judge_is_stand_in", "a judge fitted on this trait's own scenarios: no claim rests on it", "text"
         ),
         Number("judged_now", "calls in this run; the rest was known", "count"),
-        *_PAID,
     )
 
 
-# what `metering.summary` adds to every stage that ran something
+# what `metering.summary` adds to every stage that ran something; rows that were known took nothing and are not counted
 _WORK = (
-    Number("rows_per_second", "through the model, in this run", plotted=True),
-    Number("tokens_per_second", "through the model, in this run", plotted=True),
-    Number("gpu_peak_gib", "most memory of the GPU in use, GiB"),
-    Number("judge_calls", "calls of the judge in this run", "count"),
-    Number("judge_tokens", "tokens asked and answered by the judge in this run", "count"),
+    Number("tokens_per_second", "tokens through the model per second in this run", plotted=True),
+    Number("rows_per_second", "rows through the model per second"),
+    Number("gpu_peak_gib", "most GPU memory held, GiB", plotted=True),
+    Number("judge_tokens", "tokens sent to the judge and received in this run", "count"),
     Number("judge_cost_usd", "US dollars paid to the judge in this run"),
 )
 
@@ -146,7 +135,6 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("model", "who answered", "text"),
         Number("generated_now", "generated in this run", "count"),
         Number("from_cache", "known from an earlier run", "count"),
-        *_TOOK,
         Number("generated_by", "the generation server's engine and version", "text"),
         Number("served_revision", "the revision that the server says it serves", "text"),
         Number("server_notes", "what of the server could not be compared", "text"),
@@ -163,7 +151,6 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("median_norm_middle", "median ‖h‖ at the middle layer, the first token left out"),
         Number("captured_now", "rows run through the model in this run", "count"),
         Number("reused", "rows known from an earlier run", "count"),
-        *_TOOK,
         Number("notes", "what to know about the split", "text"),
     ),
     "vectors": (
@@ -243,8 +230,6 @@ NUMBERS: dict[str, tuple[Number, ...]] = {
         Number("judge_is_stand_in", "a judge fitted on this trait's own scenarios: no claim rests on it", "text"),
         Number("generated_now", "answers generated in this run", "count"),
         Number("judged_now", "calls of the judge in this run", "count"),
-        *_PAID,
-        *_TOOK,
         Number("flags", "what to know", "text"),
     ),
     "extraction_evaluation": (

@@ -37,6 +37,9 @@ def png(drawn: Figure, dpi: int = 110) -> bytes:
         dpi = int(dpi * 0.75)
 
 
+_WORDS = {"val_auc": "held-out AUC", "val_accuracy": "held-out accuracy", "cv_auc": "cross-validated AUC"}
+
+
 def layer_method_heatmap(
     rows: Sequence[Mapping[str, Any]], metric: str, best: Mapping[str, Any] | None, *, title: str
 ) -> bytes:
@@ -61,7 +64,9 @@ def layer_method_heatmap(
     _layer_ticks(ax.set_xticks, layers)
     ax.set_xlabel("layer")
     ax.set_title(
-        f"{title}: {metric.replace('_', ' ')}" + (" (framed: chosen on train)" if best else ""), fontsize=10
+        f"{title}: {_WORDS.get(metric, metric.replace('_', ' '))}"
+        + (" (framed: chosen on train)" if best else ""),
+        fontsize=10,
     )
     drawn.colorbar(image, ax=ax, pad=0.01)
     return png(drawn)
