@@ -117,3 +117,16 @@ def test_a_broken_manifest_is_a_difference_that_says_so(workspace: Workspace) ->
     (difference,) = compare_experiments(workspace, "one", "two").differences
     assert difference.a == "done"
     assert "not valid JSON" in difference.b
+
+
+def test_what_a_run_took_is_no_difference(workspace: Workspace) -> None:
+    from collections import defaultdict
+
+    from trait_assets.metering import summary
+
+    measured = summary(defaultdict(lambda: 1.0))
+    assert len(measured) >= 5
+    for name, factor in (("one", 1), ("two", 3)):
+        took = {key: value * factor for key, value in measured.items()} | {"captured_now": factor}
+        stored.store_vectors(workspace, stored.vector_file(), experiment=name, summary=took)
+    assert compare_experiments(workspace, "one", "two").differences == ()

@@ -155,7 +155,22 @@ def _flat(value: Any, path: str = "") -> dict[str, Any]:
 
 
 # How long a run took says nothing about what it found.
-_NOT_COMPARED = ("seconds_since_start", "generated_now", "from_cache", "captured_now", "reused", "checks")
+_NOT_COMPARED = frozenset(
+    [
+        "seconds_since_start",
+        "generated_now",
+        "from_cache",
+        "captured_now",
+        "reused",
+        "judged_now",
+        "rows_per_second",
+        "tokens_per_second",
+        "gpu_peak_gib",
+        "judge_tokens",
+        "judge_cost_usd",
+        "checks",
+    ]
+)
 
 
 def _numbers(summary: Mapping[str, Any]) -> dict[str, Any]:

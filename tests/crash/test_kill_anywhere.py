@@ -43,10 +43,10 @@ OPTIONS: dict[str, Any] = {
     "steer": {
         "questions": 8,
         "max_new_tokens": 8,
-        "max_candidates": 2,
-        "doses": [0.1, 0.2],
+        "max_candidates": 1,
+        "doses": [0.15],
         "refine_steps": 0,
-        "controls": 2,
+        "controls": 1,
         "bootstrap": 200,
     },
 }
@@ -59,6 +59,12 @@ PASSING = {
     "from_cache",
     "captured_now",
     "reused",
+    "judged_now",
+    "rows_per_second",
+    "tokens_per_second",
+    "gpu_peak_gib",
+    "judge_tokens",
+    "judge_cost_usd",
     "libraries",
 }
 
@@ -223,5 +229,6 @@ def test_killed_at_thirty_random_moments_it_always_finishes_the_same(driver: Dri
         assert_same_results(undisturbed, root)
         count = Workspace(root / "experiments", root / "state" / "lineage.duckdb").index
         assert count.sql("SELECT count(*) FROM current_vectors").rows == [(len(TRAITS) * 2 * 2,)]
+        print(f"{kills} kills survived, results equal", file=sys.stderr, flush=True)
     print(f"{kills} kills in {rounds} rounds, {len(stages_hit)} different states met", file=sys.stderr)
     assert len(stages_hit) >= min(5, KILLS // 3)
