@@ -130,6 +130,9 @@ class _VettingStage:
     def _outcome(self, ctx: StageContext, plan: Plan, judgements: list[Any], judge: Judge) -> Outcome:
         e, trait = ctx.experiment, plan.owner
         work = judge.usage(trait)
+        if not work.pop("priced", 0.0):
+            # nobody said a price: that is no price of nothing
+            work.pop("cost_usd", None)
         vetting = apply_thresholds(
             [
                 Candidate(row.name, row.polarity, judgement, row.text, row.pair)
@@ -169,7 +172,7 @@ class _VettingStage:
                 "judge": judge_name(plan.options["judge"]),
                 "judge_is_stand_in": judge.stand_in,
                 "judged_now": int(work.get("calls", 0)),
-                "judge_cost_usd": round(work.get("cost_usd", 0.0), 6),
+                **({"judge_cost_usd": round(work["cost_usd"], 6)} if "cost_usd" in work else {}),
             },
             metrics=[{"name": f"judge_{name}", "value": float(value)} for name, value in work.items()]
             + [

@@ -88,6 +88,8 @@ def test_each_trait_gets_its_scores_its_numbers_and_its_tables(vet: Any, openai_
         s = manifest.summary
         assert s["n"] == s["n_kept"] + s["n_failed"] + s["n_abstained"] == 30
         assert s["judged_now"] == 30
+        # nobody said what this judge costs: no number is invented
+        assert "judge_cost_usd" not in s
         assert s["contrast"] == pytest.approx(s["positive_mean"] - s["negative_mean"], abs=1e-3)
         histogram = manifest.tables["histogram"]
         assert len(histogram) == 10
@@ -236,6 +238,14 @@ def test_a_quota_that_runs_out_keeps_the_traits_that_were_done(vet: Any, openai_
     assert 60 - 42 <= len(openai_server.requests) <= 60 - 42 + 1
     assert again[ENTHUSIASM].manifest is not None
     assert again[ENTHUSIASM].manifest.summary["judged_now"] == len(openai_server.requests)
+
+
+def test_what_a_trait_cost_is_its_own(vet: Any) -> None:
+    prices = {"prompt_usd_per_million": 10.0, "completion_usd_per_million": 10.0}
+    results = vet(judge=prices)
+    # thirty answers of 101 tokens at ten dollars per million, for either trait
+    costs = [r.manifest.summary["judge_cost_usd"] for r in results.values() if r.manifest is not None]
+    assert costs == [pytest.approx(30 * 101 * 1e-5)] * 2
 
 
 def test_a_spent_budget_says_so_and_goes_on_where_it_stopped(vet: Any, openai_server: Any) -> None:
