@@ -81,6 +81,7 @@ class Cluster:
     services: list[Any] = field(default_factory=list)
     nodes: list[Any] = field(default_factory=list)
     web: Any = None
+    head_address: str = ""
     names: list[str] = field(default_factory=list)
     options: dict[str, Any] = field(default_factory=dict)
 
@@ -119,6 +120,15 @@ class Cluster:
     @property
     def home(self) -> Path:
         return self.base / "services" / "home"
+
+    def join(self, name: str) -> None:
+        """Start another worker, and wait until it belongs to the cluster."""
+        node = self.machines.ray_worker(name, self.base, self.env_of(name), self.head_address)
+        self.nodes.append(node)
+        # one after the other: nodes that start on one host at the same moment get in each other's way
+        self.machines.wait(
+            lambda: node.check() or self.machines.STARTED in node.tail(), 300, f"{name} joins the cluster"
+        )
 
     def stored(self, prefix: str = "") -> list[str]:
         """Keys under a prefix of the store, from the server itself."""
@@ -271,11 +281,9 @@ def _start(made: Cluster) -> None:
     machines.wait(
         lambda: machines.answers(f"http://127.0.0.1:{dashboard}/api/version"), 240, "Ray takes jobs"
     )
-    for name in ("worker1", "worker2"):
-        node = machines.ray_worker(name, base, made.env_of(name), f"{machines.own_address()}:{gcs}")
-        made.nodes.append(node)
-        # nodes that start on one host at the same moment get in each other's way
-        machines.wait(lambda node=node: node.check() or machines.STARTED in node.tail(), 300, f"{name} joins")
+    made.head_address = f"{machines.own_address()}:{gcs}"
+    made.join("worker1")
+    made.join("worker2")
 
     services_env = made.env_of("services", DAGSTER_HOME=str(made.home))
 
