@@ -294,6 +294,28 @@ def test_responses_that_are_there_are_not_planned_again(project: Path) -> None:
     assert {s["stage"]: s for s in forced["stages"]}["responses"]["rows"] == 54
 
 
+def test_what_is_up_to_date_is_left_out_unless_an_option_changes_it(project: Path) -> None:
+    from trait_assets import pipeline
+    from trait_assets.results_commands import hand_context
+    from trait_assets.stages import all_stages
+
+    config = project / "experiments" / "demo" / "config.yaml"
+    config.write_text(config.read_text() + "vet: false\n")
+    ctx, name = hand_context("demo"), "register/bureaucratic"
+    for stage in ("scenarios", "vetted_scenarios"):
+        (result,) = pipeline.run(all_stages()[stage], ctx, [name])
+        assert result.state != "failed"
+
+    def todo(*words: str) -> dict[str, int]:
+        return {s["stage"]: s["traits"] for s in plan("--json", "--traits", name, *words)["stages"]}
+
+    same = todo()
+    assert (same["scenarios"], same["vetted_scenarios"], same["responses"]) == (0, 0, 1)
+    other = todo("--set", "seed=5")
+    assert (other["scenarios"], other["vetted_scenarios"], other["responses"]) == (0, 1, 1)
+    assert todo("--force")["scenarios"] == 1
+
+
 def test_the_documents_tables_are_what_the_code_gives() -> None:
     done = subprocess.run(
         [sys.executable, str(REPO / "docs" / "build_planning.py"), "--check"],

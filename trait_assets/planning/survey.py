@@ -16,10 +16,11 @@ from resources.judges.protocol import JudgeItem, TraitContext
 from resources.models.rows import ModelSpec
 from storage.errors import ArtifactError, UserError
 from storage.manifest import fingerprint
-from trait_assets.pipeline import StageContext
+from trait_assets.pipeline import StageContext, stage_fingerprint
 from trait_assets.planning.arithmetic import CHARS_PER_TOKEN, SHAPES, ModelShape, Trait
 from trait_assets.scenarios.dataset import load_trait
 from trait_assets.scenarios.selection import ChosenScenario, subset
+from trait_assets.stages import all_stages
 from trait_assets.steering.questions import read_questions
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def _trait(
     above = 0.0
     for stage in stages:
         state = str(states.get(stage, {}).get("state", "missing"))
-        share = 0.0 if state in ("current", "skipped") else 1.0
+        share = 0.0 if state in ("current", "skipped") and (above or _same(ctx, stage, name)) else 1.0
         if above:
             # what lies above is made anew: this will be out of date then, whatever it is now
             share = 1.0
@@ -106,6 +107,18 @@ def _trait(
         if stage == "responses" and share == 0.0 and state not in ("current", "skipped"):
             above = max(above, 1e-9)
     return Surveyed(name, facts, left)
+
+
+def _same(ctx: StageContext, stage: str, name: str) -> bool:
+    """Whether the stored result is what these options would give. What cannot be planned has to be done again."""
+    found = all_stages()[stage]
+    try:
+        manifest = ctx.workspace.manifests.read(None if found.shared else ctx.experiment.name, stage, name)
+        return (
+            manifest is not None and stage_fingerprint(found, found.plan(ctx, name)) == manifest.fingerprint
+        )
+    except (UserError, ArtifactError):
+        return False
 
 
 def _judge_tokens(context: TraitContext, rows: Sequence[ChosenScenario]) -> dict[str, float]:
