@@ -1,6 +1,6 @@
 """What many traits cost in Dagster itself: the real graph over 2,000 generated folders, stages that compute nothing.
 
-    python benchmarks/partitions.py [--traits 2000]
+    python benchmarks/partitions.py [--traits 2000] [--batch 16]
 
 Prints, as wall and as processor time: loading the code location; ticks of the folder sensor; the bookkeeping of one trait
 in one asset, in an empty and in a full history; ticks of the automation sensor, evaluated as the daemon evaluates them; a
@@ -13,11 +13,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import logging
 import os
-import shutil
 import socket
+import sqlite3
 import subprocess
 import sys
 import tempfile
@@ -34,7 +35,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 T = TypeVar("T")
 EXPERIMENT = "many"
-BATCH = 16
 # the numbers that real stages record
 SUMMARY: dict[str, Any] = {
     "n_kept": 10,
@@ -174,22 +174,55 @@ def webserver(home: Path, log: Path) -> Iterator[str]:
             process.wait(60)
 
 
-@contextlib.contextmanager
-def history_in_memory(root: Path) -> Iterator[None]:
-    """Dagster's history and the results under a memory-backed folder, moved back to the disk afterwards.
-
-    Writing tens of thousands of events to a disk one by one would take most of an hour; what is measured is on the disk.
+def copy_history(home: Path, stages: dict[str, str], done: str, traits: Sequence[str]) -> None:
+    """What Dagster wrote about the trait `done`, written about every other trait too: row by row in its database, because
+    tens of thousands of events through its own interface take most of an hour. `stages`: asset key → as it is stored.
     """
-    places = {"TRAITS_STATE": root / "state", "TRAITS_STORE": root / "experiments"}
-    memory = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=memory if memory.is_dir() else None) as folder:
-        for name, place in places.items():
-            shutil.copytree(place, Path(folder) / place.name)
-            os.environ[name] = str(Path(folder) / place.name)
-        yield
-        for name, place in places.items():
-            shutil.copytree(Path(folder) / place.name, place, dirs_exist_ok=True)
-            os.environ[name] = str(place)
+    (path,) = home.rglob("runs/index.db")
+    with sqlite3.connect(path) as database:
+        columns = [row[1] for row in database.execute("PRAGMA table_info(event_logs)") if row[1] != "id"]
+        names = ", ".join(columns)
+        marks = ", ".join("?" for _ in columns)
+        (last,) = database.execute("SELECT max(id) FROM event_logs").fetchone()
+        for key in stages.values():
+            id_, *row = database.execute(
+                f"SELECT id, {names} FROM event_logs WHERE asset_key = ? AND partition = ? "
+                "AND dagster_event_type = 'ASSET_MATERIALIZATION' ORDER BY id DESC LIMIT 1",
+                (key, done),
+            ).fetchone()
+            tags = database.execute(
+                "SELECT asset_key, key, value, event_timestamp FROM asset_event_tags WHERE event_id = ?",
+                (id_,),
+            ).fetchall()
+            for trait in traits:
+                last += 1
+                database.execute(
+                    f"INSERT INTO event_logs (id, {names}) VALUES (?, {marks})",
+                    (last, *(v.replace(done, trait) if isinstance(v, str) else v for v in row)),
+                )
+                database.executemany(
+                    "INSERT INTO asset_event_tags (event_id, asset_key, key, value, event_timestamp) "
+                    "VALUES (?, ?, ?, ?, ?)",
+                    [(last, *tag) for tag in tags],
+                )
+
+
+def copy_manifests(workspace: Any, datasets: Path, done: str, traits: Sequence[str]) -> None:
+    """The manifests of the trait `done`, written for every other trait too."""
+    from storage.manifest import Manifests
+    from trait_assets.pipeline import PIPELINE
+    from trait_assets.scenarios.dataset import trait_hash
+
+    manifests = Manifests(workspace.store)
+    for stage in PIPELINE:
+        model = manifests.read(None if stage == "scenarios" else EXPERIMENT, stage, done)
+        assert model is not None
+        for trait in traits:
+            inputs = dict(model.inputs)
+            if stage == "scenarios":
+                inputs["files"] = trait_hash(datasets, trait)
+            copy = dataclasses.replace(model, trait=trait, inputs=inputs, files={})
+            workspace.store.write_json(copy.key, copy.sealed())
 
 
 class Ticks:
@@ -243,15 +276,16 @@ class Ticks:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--traits", type=int, default=2000)
-    count = parser.parse_args().traits
+    parser.add_argument("--batch", type=int, default=16, help="Traits of the two runs that are measured.")
+    options = parser.parse_args()
     warnings.simplefilter("ignore")
     print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f} at the start")
     with tempfile.TemporaryDirectory() as folder:
-        run(Path(folder), count)
+        run(Path(folder), options.traits, options.batch)
     print(f"load {os.getloadavg()[0]:.1f} at the end")
 
 
-def run(root: Path, count: int) -> None:
+def run(root: Path, count: int, size: int) -> None:
     traits = write_folders(root / "datasets", count)
     (root / "experiments" / EXPERIMENT).mkdir(parents=True)
     (root / "experiments" / EXPERIMENT / "config.yaml").write_text("extraction_model: org/model\n")
@@ -276,10 +310,11 @@ def run(root: Path, count: int) -> None:
 
     import dagster as dg
 
-    from trait_assets.automation import build_folder_sensor
+    from trait_assets.automation import build_folder_sensor, evaluate_sweep
     from trait_assets.definitions import build_defs, default_resources
     from trait_assets.launch import instance_folder
     from trait_assets.pipeline import PIPELINE
+    from trait_assets.scenarios.dataset import trait_hash
     from trait_assets.stage import asset_key
 
     leave_the_work_out()
@@ -330,22 +365,16 @@ def run(root: Path, count: int) -> None:
             time.perf_counter() - wall,
             time.process_time() - cpu,
         )
-        batch(instance, traits[:BATCH], "short history")
+        instance.add_dynamic_partitions("traits", traits[read:])
+        batch(instance, traits[:size], "short history")
 
-    with (
-        history_in_memory(root),
-        dg.DagsterInstance.from_config(str(instance_folder("ui"))) as instance,
-    ):
+        rest = traits[size:]
         wall = time.perf_counter()
-        while len(instance.get_dynamic_partitions("traits")) < count:
-            cursor = sensor_tick(instance, cursor)
-        for key in keys[1:]:
-            for trait in traits[BATCH:]:
-                instance.report_runless_asset_event(
-                    dg.AssetMaterialization(key, partition=trait, tags={"dagster/data_version": "1"})
-                )
+        copy_history(root / "state", {str(k): k.to_string() for k in keys}, traits[0], rest)
+        copy_manifests(default_resources()["store"].open(), root / "datasets", traits[0], rest)
+        cursor = json.dumps({trait: trait_hash(root / "datasets", trait) for trait in traits})
         print(
-            f"(the history of all {count} traits was made in {time.perf_counter() - wall:.0f} s, in memory)"
+            f"(the history of all {count} traits was made in {time.perf_counter() - wall:.0f} s)", flush=True
         )
 
     home = instance_folder("ui")
@@ -355,7 +384,7 @@ def run(root: Path, count: int) -> None:
             "".join(f"Edited {j} and so\n" for j in range(12))
         )
         timed("folder sensor, one folder edited", lambda: sensor_tick(instance, cursor), "goal < 1")
-        batch(instance, traits[BATCH : 2 * BATCH], "long history")
+        batch(instance, traits[size : 2 * size], "long history")
 
         ticks = Ticks(defs, instance)
         shape = f"{len(defs.resolve_asset_graph().get_all_asset_keys())} assets × {count} traits"
@@ -366,12 +395,18 @@ def run(root: Path, count: int) -> None:
                 ticks.tick,
                 f"goal < 5; cursor {ticks.cursor_bytes / 1000:.0f} kB",
             )
-        for trait in traits[100:103]:
+        for trait in traits[count // 2 : count // 2 + 3]:
             instance.report_runless_asset_event(
                 dg.AssetMaterialization(keys[0], partition=trait, tags={"dagster/data_version": "2"})
             )
         requests = timed("automation tick, three traits edited", ticks.tick, "goal < 5")
         assert requests, "the edit was not noticed"
+        workspace = default_resources()["store"].open()
+        timed(
+            "nightly sweep, all but one trait up to date",
+            lambda: evaluate_sweep(instance, workspace, _experiments(), logging.getLogger("quiet")),
+            "goal < 5",
+        )
 
     with webserver(home, root / "webserver.log") as url:
         for name in ("scenarios", "vectors", "steering_results"):
@@ -386,7 +421,7 @@ def run(root: Path, count: int) -> None:
         timed(
             "stale states of 50 partitions of vectors",
             lambda: request(
-                url, STALE, {"key": {"path": [EXPERIMENT, "vectors"]}, "partitions": traits[100:150]}
+                url, STALE, {"key": {"path": [EXPERIMENT, "vectors"]}, "partitions": traits[-50:]}
             ),
             "goal < 5",
         )
