@@ -116,9 +116,11 @@ class _VettingStage:
                 lambda trait: ctx.workspace.row_cache("judgements", trait), on_progress=spending.show
             )
             meter = Meter(judge=judge_name(judge.identity))
+            for plan in plans:
+                # a judge works ahead: its calls for later traits are under way when the first is done
+                meter.add(plan.owner)
             for owner, judgement in zip(owners, meter.each("judge", judge.score(items)), strict=True):
                 task.advance(1)
-                meter.add(owner.owner)
                 judgements.append(judgement)
                 if len(judgements) == len(owner.payload):
                     outcome = self._outcome(ctx, owner, judgements, judge)
