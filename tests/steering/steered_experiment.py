@@ -66,7 +66,7 @@ class DigitJudge:
                 grams = list(zip(ids, ids[1:], ids[2:], strict=False))
                 yield Score(item.key, 100.0 * len(set(grams)) / max(1, len(grams)))
 
-    def usage(self) -> dict[str, float]:
+    def usage(self, trait: str | None = None) -> dict[str, float]:
         return {}
 
 
