@@ -1,132 +1,220 @@
-"""The Dagster UI in a real browser, over a project that the command line filled."""
+"""The Dagster UI as a researcher uses it: a real browser on a real `dagster dev`, over a project that the command line filled.
+
+The tests follow one visit from top to bottom; what is started at its beginning is looked for at its end.
+"""
 
 from __future__ import annotations
 
-import os
-import shutil
-import socket
-import subprocess
-import sys
+import itertools
+import json
 import time
-import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import dagster as dg
 import pytest
-import yaml
 
-from trait_assets.paths import REPOSITORY
+from trait_assets.checks import CHECKS
+from trait_assets.report.asset_page import NUMBERS
 
 pytestmark = pytest.mark.browser
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-CHEAP = {
-    "extraction_model": "embedded:smollm2-135m-instruct",
-    "prefill_only": True,
-    "steering": False,
-    "layers": "10,17",
-    "methods": ["mean_diff", "random"],
-    "scenario_limit": 12,
-    "n_random": 20,
-    "n_permutations": 20,
-    "bootstrap": 100,
-}
-TRAITS = ("emotion/gloom", "register/bureaucratic")
+# an asset of the graph → how far right it stands: the order of the pipeline
+COLUMNS = (
+    ("vetted_scenarios",),
+    ("responses",),
+    ("vetted_responses",),
+    ("activations",),
+    ("vectors",),
+    ("vector_evaluation",),
+    ("steering_results",),
+    ("extraction_evaluation", "steering_summary"),
+    ("report",),
+)
+NEW = {"my/grumpy": "emotion/anger", "my/quaint": "register/archaic"}
 
 
-@pytest.fixture(scope="module")
-def ui(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a webserver over a finished small project."""
-    if not Path(CHROMIUM).exists():
-        pytest.skip("no chromium on this machine")
-    root = tmp_path_factory.mktemp("ui")
-    for trait in TRAITS:
-        shutil.copytree(REPOSITORY / "datasets" / "traits" / trait, root / "datasets" / trait)
-    (root / "experiments" / "cheap").mkdir(parents=True)
-    (root / "experiments" / "cheap" / "config.yaml").write_text(yaml.safe_dump(CHEAP))
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "DAGSTER_", "TRAITS_"))}
-    env.update(
-        TRAITS_DATASETS=str(root / "datasets"),
-        TRAITS_EXPERIMENTS=str(root / "experiments"),
-        TRAITS_STATE=str(root / "state"),
+@pytest.fixture(scope="module", autouse=True)
+def new_folders(dev: Any) -> None:
+    """New trait folders, dropped while the daemon runs: what they set going is looked at last."""
+    dev.wait(lambda: dev.ticked("keep_experiments_fresh"), 120)
+    dev.drop(NEW)
+
+
+def settled(page: Any, address: str) -> None:
+    """Open an asset's page and wait for its results: every one of them carries a fingerprint."""
+    page.goto(address)
+    page.get_by_text("fingerprint", exact=True).first.wait_for()
+
+
+def entry(page: Any, name: str) -> str:
+    """What stands beside the name of a metadata entry."""
+    return page.evaluate(
+        """(name) => [...document.querySelectorAll('td')]
+          .find((cell) => cell.textContent.trim() === name).nextElementSibling.innerText.trim()""",
+        name,
     )
-    code = "from trait_assets.launch import instance_folder; print(instance_folder('ui'))"
-    filled = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "trait_assets.cli", "run", "-e", "cheap"],
-        cwd=REPOSITORY,
-        env=env,
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert filled.returncode == 0, filled.stderr[-2000:]
-    home = subprocess.run(
-        [sys.executable, "-c", code], cwd=REPOSITORY, env=env, capture_output=True, text=True, check=True
-    ).stdout.strip()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    server = subprocess.Popen(
-        [str(Path(sys.executable).parent / "dagster-webserver"), "-w", "workspace.yaml", "-p", str(port)],
-        cwd=REPOSITORY,
-        env={**env, "DAGSTER_HOME": home},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    address = f"http://127.0.0.1:{port}"
-    try:
-        for _ in range(120):
-            try:
-                urllib.request.urlopen(f"{address}/server_info", timeout=2).read()
-                break
-            except OSError:
-                time.sleep(0.5)
-        yield address
-    finally:
-        server.terminate()
-        server.wait(30)
 
 
-@pytest.fixture(scope="module")
-def page(ui: str) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
+def test_the_graph_of_the_demo_reads_from_left_to_right(dev: Any, page: Any) -> None:
+    # wide enough for the names to be written out
+    page.set_viewport_size({"width": 2900, "height": 1000})
+    page.goto("/locations/traits/asset-groups/demo/lineage")
+    found = []
+    for column in COLUMNS:
+        boxes = []
+        for name in column:
+            node = page.get_by_text(name, exact=True).first
+            node.wait_for()
+            boxes.append(node.bounding_box()["x"])
+        found.append(boxes)
+    page.set_viewport_size({"width": 1500, "height": 900})
+    assert [min(boxes) for boxes in found] == sorted(min(boxes) for boxes in found)
+    assert all(max(left) < min(right) for left, right in itertools.pairwise(found))
 
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1500, "height": 900})
-        page.set_default_timeout(60_000)
-        yield page
-        browser.close()
 
-
-def test_the_graph_of_an_experiment_is_drawn_with_its_assets(ui: str, page: Any) -> None:
-    page.goto(f"{ui}/locations/traits/asset-groups/cheap/lineage")
-    for name in ("activations", "vectors", "vector_evaluation"):
-        page.get_by_text(name, exact=True).first.wait_for()
-
-
-def test_a_partition_page_shows_its_numbers_and_opens_its_picture(ui: str, page: Any) -> None:
-    page.goto(f"{ui}/assets/cheap/vector_evaluation?view=partitions&partition=emotion%2Fgloom")
-    for number in ("best_method", "val_accuracy", "fingerprint"):
-        page.get_by_text(number, exact=True).first.wait_for()
+def test_a_partition_page_shows_its_numbers_and_opens_its_picture(dev: Any, page: Any) -> None:
+    settled(page, "/assets/demo/vector_evaluation?view=partitions&partition=emotion%2Fgloom")
+    text = page.inner_text("body")
+    stored = json.loads(
+        (dev.experiments / "demo" / "manifests" / "vector_evaluation" / "emotion" / "gloom.json").read_text()
+    )["summary"]
+    assert f"{stored['best_method']} at layer {stored['best_layer']}: " in text
+    # the numbers that are plotted, and the meaning of all
+    for name in ("effect_size_d", "contrast"):
+        assert float(entry(page, name)) == pytest.approx(stored[name], abs=1e-4)
+    assert "how often shuffled labels separate the held-out rows as well" in text
+    assert "best layer per method" in text
     page.get_by_text("[Show Markdown]").first.click()
     picture = page.locator("img[src^='data:image/png;base64,']").first
     picture.wait_for()
     assert picture.evaluate("image => image.naturalWidth") > 300
+    page.keyboard.press("Escape")
+    picture.wait_for(state="detached")
 
 
-def test_the_checks_of_a_trait_are_listed(ui: str, page: Any) -> None:
-    page.goto(f"{ui}/assets/cheap/vector_evaluation?view=checks")
-    for check in ("held_out_accuracy", "better_than_random_directions"):
-        page.get_by_text(check, exact=True).first.wait_for()
+def test_every_number_of_the_demo_has_a_meaning(dev: Any) -> None:
+    from trait_assets.report import asset_page
+
+    seen = set()
+    for path in dev.experiments.glob("*/manifests/**/*.json"):
+        manifest = json.loads(path.read_text())
+        stage, summary = manifest["stage"], manifest["summary"]
+        seen.add(stage)
+        rows = asset_page.numbers(stage, summary)
+        assert [row["number"] for row in rows if not row["meaning"]] == [], stage
+        assert asset_page.headline(stage, summary)
+    assert seen == set(NUMBERS)
+
+
+def test_the_checks_of_a_trait_are_listed_with_their_results(dev: Any, page: Any) -> None:
+    page.goto("/assets/demo/vector_evaluation?view=checks")
+    page.get_by_text("Latest execution", exact=True).wait_for()
+    names = CHECKS["vector_evaluation"]
+    text = page.inner_text("body")
+    assert f"Checks ({len(names)})" in text
+    for name, meaning in names.items():
+        page.get_by_text(name, exact=True).first.click()
+        page.get_by_text(meaning, exact=True).first.wait_for()
+    # one trait that has nothing to check must not make a check look as if it had not run
+    assert page.get_by_text("Passed", exact=True).count() > 0
+    assert page.get_by_text("Skipped", exact=True).count() == 0
+
+
+def test_the_report_opens_from_its_link_and_answers(dev: Any, page: Any) -> None:
+    settled(page, "/assets/demo/report")
+    with page.expect_download() as download:
+        page.get_by_role("link", name="/logs/report/demo/html").click()
+    saved = dev.root / "report.html"
+    download.value.save_as(saved)
+    assert saved.read_bytes() == (dev.experiments / "demo" / "report" / "report.html").read_bytes()
+    report = page.context.browser.new_page()
+    complaints: list[str] = []
+    report.on("console", lambda message: complaints.append(message.text))
+    report.on("pageerror", lambda error: complaints.append(str(error)))
+    report.goto(Path(saved).as_uri())
+    trait = report.locator(".samples").first
+    slider, steered = trait.locator("input.dose"), trait.locator(".steered.text")
+    slider.focus()
+    report.keyboard.press("Home")
+    assert steered.inner_text() == trait.locator(".plain.text").inner_text()
+    report.keyboard.press("End")
+    assert slider.get_attribute("aria-valuetext").startswith("0.2")
+    assert "trait" in trait.locator(".steered-scores").inner_text()
+    heat = report.locator("[data-chart='heat']").first
+    heat.scroll_into_view_if_needed()
+    report.wait_for_function("() => document.querySelector('[data-chart=heat] .nsewdrag')")
+    box = heat.locator(".nsewdrag").first.bounding_box()
+    at = (box["x"] + box["width"] / 4, box["y"] + box["height"] / 4)
+    report.mouse.move(*at)
+    report.wait_for_selector(".hoverlayer .hovertext")
+    report.mouse.click(*at)
+    answer = report.locator("output.answer").first
+    assert answer.inner_text().startswith("mean_diff, layer 10: held-out accuracy")
+    report.close()
+    assert complaints == []
+
+
+def test_lineage_shows_what_an_asset_comes_from_and_what_comes_from_it(dev: Any, page: Any) -> None:
+    page.goto("/assets/demo/vector_evaluation?view=lineage")
+    middle = page.get_by_text("vector_evaluation", exact=True).last
+    middle.wait_for()
+    page.get_by_text("steering_results", exact=True).first.wait_for()
+
+    def x(name: str) -> float:
+        return page.get_by_text(name, exact=True).last.bounding_box()["x"]
+
+    assert max(x("activations"), x("vectors")) < x("vector_evaluation")
+    assert x("vector_evaluation") < min(x("extraction_evaluation"), x("steering_results"))
+
+
+def test_a_trait_is_materialised_by_clicking(dev: Any, page: Any) -> None:
+    # something to do: a damaged result is rebuilt
+    evaluation = (
+        dev.experiments / "demo" / "extraction" / "emotion" / "gloom" / "evaluation" / "evaluation.json"
+    )
+    before = evaluation.read_bytes()
+    evaluation.unlink()
+    known = {run.run_id for run in dev.instance.get_runs()}
+
+    page.goto("/assets/demo/vector_evaluation")
+    page.get_by_role("button", name="Materialize").first.click()
+    page.get_by_text("Select a partition or create one").click()
+    page.get_by_text("emotion/gloom", exact=True).filter(visible=True).last.click()
+    page.get_by_text("1 partition", exact=True).wait_for()
+    page.keyboard.press("Escape")
+    page.get_by_role("button", name="Launch 1 run").click()
+
+    def launched() -> list[dg.DagsterRun]:
+        return [
+            run
+            for run in dev.instance.get_runs()
+            if run.run_id not in known and run.asset_selection == {dg.AssetKey(["demo", "vector_evaluation"])}
+        ]
+
+    dev.wait(lambda: bool(launched()) and launched()[0].is_finished, 120)
+    (run,) = launched()
+    assert run.tags["dagster/partition"] == "emotion/gloom"
+    page.goto(f"/runs/{run.run_id}")
+    page.get_by_text("Success", exact=True).first.wait_for()
+    assert evaluation.read_bytes() == before
+    settled(page, "/assets/demo/vector_evaluation?view=partitions&partition=emotion%2Fgloom")
+    assert run.run_id[:8] in page.inner_text("body")
+    assert entry(page, "state") == "done"
+
+
+def test_the_backfill_of_new_folders_is_listed_and_green(dev: Any, page: Any) -> None:
+    dev.wait(lambda: bool(dev.instance.get_backfills()), 120)
+    backfill = dev.instance.get_backfills()[-1].backfill_id
+    page.goto("/runs?view=backfills")
+    name = page.get_by_text(backfill, exact=True).first
+    name.wait_for()
+    # the row that the name stands in
+    row = name.locator("xpath=ancestor::*[contains(., 'keep_experiments_')][1]")
+    assert "2 partitions" in row.inner_text()
+    quick = dg.AssetKey(["quick", "vector_evaluation"])
+    dev.wait(lambda: dev.instance.get_materialized_partitions(quick) == set(NEW), 200)
+    end = time.monotonic() + 60
+    while "Success" not in row.inner_text():
+        assert time.monotonic() < end, row.inner_text()
+        time.sleep(1)
