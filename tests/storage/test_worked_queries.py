@@ -52,7 +52,17 @@ def filled(tmp_path_factory: pytest.TempPathFactory) -> Workspace:
     responses = commit(
         "responses",
         {"scenarios": scenarios},
-        [{"table": "responses", **row, "response_tokens": 12}],
+        [
+            {"table": "responses", **row, "response_tokens": 12},
+            {
+                "table": "work",
+                "rows": 1,
+                "tokens": 12,
+                "model_seconds": 0.5,
+                "seconds": 0.6,
+                "judge_calls": 0,
+            },
+        ],
         model={"model": "m", "revision": "r", "dtype": "float32"},
     )
     for salt, score in (("", 20.0), ("again", 30.0)):
