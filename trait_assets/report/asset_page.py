@@ -642,6 +642,4 @@ _TITLES = {
     ("steering_results", "samples"): "answers to report questions",
     ("responses", "samples"): "some responses",
     ("scenarios", "examples"): "some scenarios",
-    ("activations", "averaged_tokens"): "tokens averaged, some rows",
-    ("vectors", "averaged_tokens"): "tokens averaged, some rows",
 }
