@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
+import sys
+from pathlib import Path
 
 import pytest
 
 TRAIT = "register/bureaucratic"
 SECRET = "sk-test-7f3a9c-never-written"
+WRITTEN = Path(__file__).parents[1] / "judges" / "written.py"
 
 
 def tree(project):
@@ -69,10 +73,17 @@ def project(make_project, small_options):
     return project
 
 
-def test_an_llm_judge_is_asked_once_and_its_key_is_never_written(project, openai_server):
+def test_an_llm_judge_is_asked_once_and_its_key_is_never_written(project, openai_server, load_helper):
     env = {"OPENAI_BASE_URL": openai_server.base_url, "OPENAI_API_KEY": SECRET}
-    first = project.run("run", "-e", "judged", env=env)
-    row = first["results"][0]
+    done = project.traits("run", "-e", "judged", "--json", env=env)
+    assert done.returncode == 0, done.stderr[-3000:]
+    row = json.loads(done.stdout)["results"][0]
+    # what is spent is said while it is spent, where scenarios and responses are vetted and where answers are scored
+    spending = [
+        line for line in done.stderr.splitlines() if re.search(r"\d calls, \d+ retries, [\d,]+ tokens", line)
+    ]
+    for stage in ("vetted_scenarios", "vetted_responses", "steering"):
+        assert any(stage in line for line in spending), done.stderr
     assert row["judge_is_stand_in"] is False
     assert row["vetting_judge"] == "gpt-4.1-mini"
     asked = len(openai_server.requests)
@@ -105,6 +116,34 @@ def test_an_llm_judge_is_asked_once_and_its_key_is_never_written(project, openai
     assert about_edit
     assert max(openai_server.asked.values()) == 1
 
-    for file in project.root.rglob("*"):
-        if file.is_file():
-            assert SECRET.encode() not in file.read_bytes(), file
+    assert load_helper(WRITTEN).holders(project.root, SECRET) == []
+
+
+def test_a_key_that_the_server_repeats_is_written_nowhere(project, openai_server, load_helper):
+    """Refused at the start, and in the middle of a run."""
+    module = sys.modules[type(openai_server).__module__]
+    env = {"OPENAI_BASE_URL": openai_server.base_url, "OPENAI_API_KEY": SECRET}
+    refusal = module.error_body(f"Incorrect API key provided: {SECRET}", "invalid_api_key")
+    judge = ["--set", "judge.variant=refused", "--set", "judge.max_concurrency=2"]
+    for after, output in ((0, "--verbose"), (10, "--json")):
+        openai_server.reset()
+        openai_server.script = lambda request, after=after: (
+            module.Reply(401, refusal) if len(openai_server.requests) > after else None
+        )
+        done = project.traits("vet-scenarios", "-e", "judged", *judge, output, env=env)
+        said = done.stdout + done.stderr
+        assert done.returncode == 1, said
+        assert "Incorrect API key provided: ***" in said
+        assert "what was scored is kept" in said
+        assert SECRET not in said
+    written = load_helper(WRITTEN)
+    assert written.holders(project.root, SECRET) == []
+    # the search has seen Dagster's history and the index
+    assert any(".db" in place for place in written.holders(project.root, "Incorrect API key provided: ***"))
+    places = [place for place, _ in written.everything_written(project.root)]
+    assert any("lineage.duckdb" in place for place in places)
+    # what was answered before the refusal is there
+    openai_server.script = None
+    openai_server.reset()
+    done = project.run("vet-scenarios", "-e", "judged", *judge, env=env)
+    assert len(openai_server.requests) == 24 - 10
