@@ -97,7 +97,7 @@ class Cluster:
             text=True,
             cwd=REPOSITORY,
             env=self.env_of(machine, **env),
-            timeout=580,
+            timeout=3000,
             check=False,
         )
         assert result.returncode == 0, (
