@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import dagster as dg
@@ -14,6 +15,7 @@ from dagster._core.workspace.load_target import ModuleTarget
 
 from storage.workspace import Workspace
 from trait_assets import paths
+from trait_assets.activations.extraction import ActivationsStage
 from trait_assets.launch import open_instance
 from trait_assets.partitions import register
 
@@ -122,6 +124,27 @@ def test_checks_carry_their_trait_in_a_batch_and_alone(five, instance):
         key = dg.AssetCheckKey(dg.AssetKey(asset.split("/")), check)
         found = instance.event_log_storage.get_asset_check_partition_info([key])
         assert {info.partition_key for info in found if info.partition_key} == set(TRAITS[:4])
+
+
+def test_a_trait_with_nothing_to_check_leaves_no_check_unanswered(five, instance, monkeypatch):
+    register(instance, TRAITS)
+    plan = ActivationsStage.plan
+
+    def left_out(self: Any, ctx: Any, trait: Any) -> Any:
+        made = plan(self, ctx, trait)
+        return replace(made, skipped="not in this experiment") if trait == TRAITS[1] else made
+
+    monkeypatch.setattr(ActivationsStage, "plan", left_out)
+    assert batch(five, instance, ("scenarios", "activations"), TRAITS[:3]).success
+    key = dg.AssetCheckKey(dg.AssetKey(["demo", "activations"]), "activations_vary")
+    records = instance.event_log_storage.get_asset_check_execution_history(key, limit=20)
+    assert {record.status.value for record in records} == {"SUCCEEDED"}
+    said = {
+        record.partition: record.event.dagster_event.event_specific_data.description for record in records
+    }
+    assert set(said) == {*TRAITS[:3], None}
+    assert said[TRAITS[1]] == "The stage was skipped: there is nothing to check."
+    assert said[None] == "2 of 2 traits pass"
 
 
 def test_only_the_edited_trait_is_requested_after_a_batch(five, instance):
