@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from storage import keys, show
@@ -43,6 +43,7 @@ def test_halves_are_joined_or_replaced(text: str, expected: str) -> None:
     assert well_formed(text) == expected
 
 
+@settings(deadline=None)
 @given(any_text)
 def test_what_comes_out_has_a_utf8_form_and_good_text_stays(text: str) -> None:
     mended = well_formed(text)
@@ -113,6 +114,7 @@ def test_a_result_full_of_broken_text_is_committed_and_indexed(
     assert sql("SELECT * EXCLUDE (source) FROM metrics ORDER BY value").rows == before
 
 
+@settings(deadline=None)  # the first call imports pyarrow
 @given(any_text)
 def test_any_text_goes_into_parquet_and_back(text: str) -> None:
     import pyarrow.parquet as pq
