@@ -1,21 +1,32 @@
-"""A project with trait folders whose stages do no work: what is left is the graph, its automation and its bookkeeping."""
+"""Two worlds for automation: a project whose stages do no work, so that the graph, its automation and its bookkeeping are
+left; and a real `dagster dev` over an experiment that is cheap to compute."""
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Iterator, Sequence
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import dagster as dg
+import psutil
 import pytest
 import yaml
+from dagster._core.scheduler.instigation import InstigatorTick
 
 from storage.errors import UserError
 from trait_assets.checks import CHECKS
 from trait_assets.definitions import build_defs
 from trait_assets.partitions import register
+from trait_assets.paths import REPOSITORY
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext, stages_of
 from trait_assets.stages import all_stages
 
@@ -138,3 +149,136 @@ def registered(project: Project, instance: dg.DagsterInstance, monkeypatch: pyte
     project.experiment("demo", prefill_only=True, steering=False)
     register(instance, traits)
     return traits
+
+
+CHEAP = {
+    "extraction_model": "embedded:smollm2-135m-instruct",
+    "prefill_only": True,
+    "steering": False,
+    "layers": "10",
+    "methods": ["mean_diff"],
+    "scenario_limit": 12,
+    "n_random": 20,
+    "n_permutations": 0,
+    "bootstrap": 100,
+}
+
+
+@dataclass
+class Dev:
+    """A running `dagster dev` with the experiment `cheap`, and its instance."""
+
+    root: Path
+    instance: dg.DagsterInstance
+    env: dict[str, str]
+    url: str
+
+    def drop(self, *traits: str) -> None:
+        """Copy shipped trait folders in, each complete at once, as a file manager moves them."""
+        for trait in traits:
+            target = self.root / "datasets" / trait
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copytree(REPOSITORY / "datasets" / "traits" / trait, self.root / "incoming" / trait)
+            (self.root / "incoming" / trait).rename(target)
+
+    def edit(self, trait: str) -> None:
+        """Another first scenario."""
+        path = self.root / "datasets" / trait / "positive.txt"
+        lines = path.read_text().split("\n")
+        lines[0] = lines[1].replace("the", f"that {time.time_ns()}", 1)
+        path.write_text("\n".join(lines))
+
+    def traits(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`traits …` beside it, as a user types it."""
+        return subprocess.run(
+            [sys.executable, "-W", "ignore", "-m", "trait_assets.cli", *arguments],
+            cwd=REPOSITORY,
+            env=self.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+
+    def materialized(self, asset: str) -> set[str]:
+        return self.instance.get_materialized_partitions(dg.AssetKey(["cheap", asset]))
+
+    def ticks(self, name: str) -> list[InstigatorTick]:
+        """The latest ticks of a sensor or schedule."""
+        return [
+            tick
+            for state in self.instance.all_instigator_state()
+            if state.instigator_name == name
+            for tick in self.instance.get_ticks(state.instigator_origin_id, state.selector_id, limit=5)
+        ]
+
+    def runs(self, **tags: str) -> list[dg.DagsterRun]:
+        return list(
+            self.instance.get_runs(dg.RunsFilter(tags={k.replace("__", "/"): v for k, v in tags.items()}))
+        )
+
+    def wait(self, until: Callable[[], Any], seconds: int) -> float:
+        started = time.monotonic()
+        while time.monotonic() - started < seconds:
+            if until():
+                return time.monotonic() - started
+            time.sleep(1)
+        raise AssertionError(f"not within {seconds} s; runs: {[r.status for r in self.instance.get_runs()]}")
+
+
+@contextlib.contextmanager
+def _dagster_dev(root: Path, more: dict[str, str]) -> Iterator[Dev]:
+    (root / "datasets").mkdir()
+    (root / "experiments" / "cheap").mkdir(parents=True)
+    (root / "experiments" / "cheap" / "config.yaml").write_text(yaml.safe_dump(CHEAP))
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "DAGSTER_", "TRAITS_"))}
+    env.update(
+        TRAITS_DATASETS=str(root / "datasets"),
+        TRAITS_EXPERIMENTS=str(root / "experiments"),
+        TRAITS_STATE=str(root / "state"),
+        **more,
+    )
+    code = (
+        "from trait_assets.launch import instance_folder, open_instance\n"
+        "with open_instance(): print(instance_folder('ui'))"
+    )
+    home = subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", code],
+        cwd=REPOSITORY,
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with (root / "dev.log").open("w") as log:
+        process = subprocess.Popen(
+            [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-p", str(port)],
+            cwd=REPOSITORY,
+            env={**env, "DAGSTER_HOME": home},
+            stdout=log,
+            stderr=log,
+        )
+        try:
+            with dg.DagsterInstance.from_config(home) as instance:
+                yield Dev(root, instance, env, f"http://127.0.0.1:{port}")
+        finally:
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            try:
+                process.wait(60)
+            except subprocess.TimeoutExpired:
+                for one in [process, *family]:
+                    with contextlib.suppress(psutil.NoSuchProcess):
+                        one.kill()
+                process.wait(60)
+
+
+@pytest.fixture(scope="module")
+def dagster_dev(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Callable[..., contextlib.AbstractContextManager[Dev]]:
+    """dagster_dev(TRAITS_SWEEP="…"): a `dagster dev` of its own with these variables, ended with the block."""
+    return lambda **more: _dagster_dev(tmp_path_factory.mktemp("dev"), more)
