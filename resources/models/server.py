@@ -15,7 +15,8 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -399,6 +400,14 @@ def compare_model(
     commit than the experiment's."""
     notes: list[str] = []
     ours = identity.model
+    if identity.adapter is not None:
+        if served == ours:
+            raise UserError(
+                f"`{served}` is the model without the adapter {identity.adapter}",
+                where=settings.where,
+                remedy="serve the adapter too (--enable-lora) and set generation.served_model to its name",
+            )
+        notes.append(f"whether `{served}` carries the adapter {identity.adapter} cannot be told")
     expected = identity.revision if _COMMIT.fullmatch(identity.revision) else None
     commits = _COMMIT.findall(f"{served} {root or ''}")
     cached = _CACHE_FOLDER.search(root or "")
@@ -515,7 +524,9 @@ class ServedModel:
     def check(self) -> ServerFacts:
         """Look at the server unless that was done; see `look_at`."""
         if self.facts is None:
-            self.facts = asyncio.run(look_at(self.settings, self.frontend))
+            # in a thread of its own: a notebook has an event loop running already
+            with ThreadPoolExecutor(1, "generation server") as pool:
+                self.facts = pool.submit(lambda: asyncio.run(look_at(self.settings, self.frontend))).result()
         return self.facts
 
     def generate(
@@ -568,15 +579,14 @@ class ServedModel:
         return limit
 
 
-@dataclass
-class _Kept:
+class _Sink:
     """`keep` as something that rows are put into."""
 
-    keep: Callable[[Mapping[str, GeneratedRow]], None]
-    put_many: Callable[[Mapping[str, Any]], None] = field(init=False)
+    def __init__(self, keep: Callable[[Mapping[str, GeneratedRow]], None]) -> None:
+        self._keep = keep
 
-    def __post_init__(self) -> None:
-        self.put_many = self.keep
+    def put_many(self, rows: Mapping[str, GeneratedRow]) -> None:
+        self._keep(rows)
 
 
 class _Session:
@@ -592,7 +602,7 @@ class _Session:
         self._model = model
         self._options = options
         self._limits = limits
-        self._kept = None if keep is None else _Kept(keep)
+        self._sink = None if keep is None else _Sink(keep)
         self._writer = GroupWriter()
         self._client = _Completions(model.settings, model.frontend, _Knowledge(), model._spent)
 
@@ -614,8 +624,8 @@ class _Session:
             made = GeneratedRow(
                 row.key, row.prompt_ids, served.ids, self._model.decode(served.ids), served.finish
             )
-            if self._kept is not None:
-                await self._writer.put(self._kept, row.key, made)  # type: ignore[arg-type]
+            if self._sink is not None:
+                await self._writer.put(self._sink, row.key, made)  # type: ignore[arg-type]
 
         try:
             await self._client.ask_for(lambda: dict(request), keep)

@@ -271,6 +271,24 @@ def test_another_model_behind_the_same_name_is_refused(
         compare_model(GenerationServer(model=served, base_url="http://x/v1"), identity, served, root)
 
 
+def test_an_adapter_is_not_the_model_without_it(frontend: Frontend) -> None:
+    identity = replace(frontend.identity, model="a/llama", revision=COMMIT, adapter="me/lora")
+    settings = GenerationServer(model="a/llama", base_url="http://x/v1")
+    with pytest.raises(UserError, match="without the adapter me/lora"):
+        compare_model(settings, identity, "a/llama", "a/llama")
+    _, notes = compare_model(settings, identity, "lora", "me/lora")
+    assert "whether `lora` carries the adapter me/lora cannot be told" in notes
+
+
+def test_it_works_where_an_event_loop_runs_already(server: Any, make: Any) -> None:
+    import asyncio
+
+    async def in_a_notebook() -> int:
+        return len(generate(make(), count=3))
+
+    assert asyncio.run(in_a_notebook()) == 3
+
+
 def test_what_the_server_cannot_show_is_said(frontend: Frontend, server: Any, make: Any) -> None:
     settings = GenerationServer(model="x", base_url="http://x/v1")
     identity = replace(frontend.identity, model="a/llama", revision=COMMIT)
