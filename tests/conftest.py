@@ -34,9 +34,13 @@ def load_helper() -> Callable[[Path], ModuleType]:
 
 
 @pytest.fixture
-def openai_server() -> Iterator[Any]:
+def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A loopback server that speaks the OpenAI protocol (tests/judges/openai_server.py), taught the shipped
     traits."""
+    from resources.judges import client
+
+    # the kernel gives ports out again: what an earlier server on this one accepted and was paid is another story
+    monkeypatch.setattr(client, "_process", client._Process())
     module = load_by_path(ROOT / "tests" / "judges" / "openai_server.py")
     with module.OpenAIServer() as server:
         module.teach_shipped(server, ROOT / "datasets" / "traits")
