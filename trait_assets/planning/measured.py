@@ -125,7 +125,8 @@ def keep(state: Path, key: str, measured: Measured) -> None:
     partial.replace(path)
 
 
-# of one calibration: rows per side on a CPU and on a GPU, tokens per row, answers of the steering search
+# of one calibration: rows per side on a CPU and on a GPU, and tokens per row. The steering search has all
+# questions, so that a batch is about as full as it will be: small batches give fewer tokens a second
 ROWS_CPU, ROWS_GPU = 16, 64
 MOST_TOKENS = 32
 
@@ -147,7 +148,6 @@ def calibrate(ctx: StageContext, trait: str, *, say: Callable[[str], None] = lam
         rows = min(rows, e.scenario_limit)
     steer = {
         **e.steer.model_dump(),
-        "questions": 10,
         "max_new_tokens": min(e.steer.max_new_tokens, MOST_TOKENS),
         "max_candidates": min(e.steer.max_candidates, 32 if gpu else 8),
         "doses": e.steer.doses[:1],
