@@ -383,7 +383,8 @@ def test_a_budget_ends_it_and_keeps_what_was_answered(server: Any, make: Any) ->
     assert len(kept) == sum(server.answered.values()) == 5
 
 
-def test_a_dead_server_ends_it(frontend: Frontend) -> None:
+def test_a_dead_server_ends_it(frontend: Frontend, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("resources.api_client.BACKOFF_CAP_S", 0.1)
     settings = GenerationServer(model="m", base_url="http://127.0.0.1:9/v1", max_wait_s=20)
     with pytest.raises(UserError, match="generation server cannot be reached"):
         ServedModel(frontend, settings).check()

@@ -244,7 +244,8 @@ def test_the_plan_of_the_demo(project: Path) -> None:
     assert large["total"]["gpus_per_run"] == 3
     assert large["total"]["runs"] == 25
     assert large["total"]["gpu_hours"] > 1
-    priced = plan("--json", "--judge", "openai", "--judge-price", "0.4,1.6")
+    priced = plan("--json", "--judge", "openai", "--judge-price", "0.4,1.6", "--generate-rate", "5")
+    assert priced["rates"]["generate"] == {"value": 5.0, "source": "given"}
     assert priced["total"]["judge_usd"] > 0
     calls = {stage["stage"]: stage for stage in priced["stages"]}["vetted_scenarios"]
     # the rubric and the definition are sent with every scenario
@@ -252,9 +253,7 @@ def test_the_plan_of_the_demo(project: Path) -> None:
     unpriced = plan("--json", "--judge", "openai")
     assert unpriced["total"]["judge_usd"] is None
     assert "--judge-price" in " ".join(unpriced["notes"])
-    given = plan("--json", "--generate-rate", "5")
-    assert given["rates"]["generate"] == {"value": 5.0, "source": "given"}
-    assert "steering_results" in plan()
+    assert "steering_results" in plan("--generate-rate", "5")
 
 
 @pytest.mark.parametrize(
