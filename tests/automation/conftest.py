@@ -106,6 +106,8 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
     monkeypatch.setenv("TRAITS_DATASETS", str(tmp_path / "datasets"))
     monkeypatch.setenv("TRAITS_EXPERIMENTS", str(tmp_path / "experiments"))
     monkeypatch.setenv("TRAITS_STATE", str(tmp_path / "state"))
+    # no test here asks the index, and keeping it is most of what an idle stage costs
+    monkeypatch.setenv("TRAITS_INDEX", "off")
     monkeypatch.delenv("TRAITS_STORE", raising=False)
     monkeypatch.delenv("DAGSTER_HOME", raising=False)
 
