@@ -422,7 +422,10 @@ def ui(
         )
         raise typer.Exit(2)
     command = [dagster, "dev", "-w", "workspace.yaml", "-h", host, "-p", str(port)]
-    environment = {"DAGSTER_HOME": str(instance_folder("ui")), **os.environ}
+    # a notice for authors of Dagster projects, not for those who open this one
+    quiet = "ignore:Function `dev_command` is superseded"
+    environment = {"DAGSTER_HOME": str(instance_folder("ui")), "PYTHONWARNINGS": quiet, **os.environ}
+    typer.echo(f"The UI opens on http://{host}:{port} in a few seconds; Ctrl-C ends it.", err=True)
     raise typer.Exit(subprocess.call(command, cwd=paths.REPOSITORY, env=environment))
 
 
