@@ -54,9 +54,8 @@ def compare(one: ArtifactStore, other: ArtifactStore, traits: list[str]) -> tupl
             b = Manifests(other).read(EXPERIMENT, stage, trait)
             assert a is not None, f"{stage} of {trait} is missing on one machine"
             assert b is not None, f"{stage} of {trait} is missing on the cluster"
-            # steering's options hold scores of its candidates, which differ in their last digits with the batch
             found += [f"{stage} of {trait} options {d}" for d in differences(a.options, b.options)]
-            if stage != "steering_results" and a.fingerprint != b.fingerprint:
+            if a.fingerprint != b.fingerprint:
                 found.append(f"{stage} of {trait}: other inputs or options")
             names = sorted(key for key in a.files if key.endswith((".json", ".safetensors")))
             assert names == sorted(key for key in b.files if key.endswith((".json", ".safetensors")))

@@ -147,6 +147,7 @@ def store_inputs(
     steering: Any = "default",
     n_layers: int = 4,
     model: dict[str, Any] | None = None,
+    cv_auc: float = 0.95,
 ) -> None:
     """Scenarios, vectors and evaluation as the earlier stages leave them. The planted direction is probe's at
     layer 2."""
@@ -205,7 +206,7 @@ def store_inputs(
                 "method": method,
                 "position": "response[:]",
                 "component": "residual",
-                "cv_auc": 0.95,
+                "cv_auc": cv_auc,
                 "cv_accuracy": 0.9,
                 "split_half_cosine": 0.8,
             }

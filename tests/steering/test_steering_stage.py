@@ -328,6 +328,18 @@ def test_vectors_newer_than_their_evaluation_are_refused(tmp_path: Path) -> None
     assert "vector_evaluation" in result.reason
 
 
+def test_last_digits_of_the_evaluation_are_no_other_search(tmp_path: Path) -> None:
+    model, u = steered.digit_model(tiny)
+    options = []
+    for index, auc in enumerate((0.95, 0.950001)):
+        ctx, _, _ = steered.context(tmp_path / str(index), model)
+        steered.store_inputs(ctx.workspace, stored.commit, u, cv_auc=auc)
+        plan = SteeringStage().plan(ctx, TRAIT)
+        assert plan.payload.chosen[0].record()["cv_auc"] == auc
+        options.append(plan.options)
+    assert options[0] == options[1]
+
+
 def test_by_hand_uses_the_result_and_shows_both_texts(finished: Any) -> None:
     ctx, _, _, result = finished
     shown = steer_by_hand(ctx, TRAIT, "Tell me about hats.", max_new_tokens=12)

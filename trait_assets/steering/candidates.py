@@ -53,15 +53,17 @@ class Scored:
         separation = 0.5 if self.auc is None else max(0.0, 2 * self.auc - 1)
         return separation * (0.5 if self.stability is None else max(0.0, self.stability))
 
-    def record(self) -> dict[str, Any]:
+    def place(self) -> dict[str, Any]:
+        """Which vector it is, without its numbers: these differ in the last digits between machines."""
         return {
             "layer": self.layer,
             "method": self.method,
             "position": self.position,
             "component": self.component,
-            "cv_auc": self.auc,
-            "split_half_cosine": self.stability,
         }
+
+    def record(self) -> dict[str, Any]:
+        return {**self.place(), "cv_auc": self.auc, "split_half_cosine": self.stability}
 
 
 Cosine = Callable[[Scored, Scored], float]

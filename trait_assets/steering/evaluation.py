@@ -86,7 +86,8 @@ class SteeringStage:
             "seed": e.seed,
             "application_model": application.record(),
             "judge": ctx.judges.identity(),
-            "candidates": [s.record() for s in chosen],
+            # in the order of their rank; the same candidates are the same search, whatever their last digits
+            "candidates": [s.place() for s in chosen],
         }
         inputs = {
             "scenarios": scenarios_manifest.fingerprint,
@@ -472,7 +473,7 @@ def _outcome(ctx: StageContext, prepared: _Prepared, result: SearchResult, bench
         "steer_from": e.steer.steer_from,
         "options": plan.options["steer"],
         "median_norm": prepared.norms,
-        "candidates": plan.options["candidates"],
+        "candidates": [scored.record() for scored in plan.payload.chosen],
     }
     outcome = Outcome(trait)
     for position in results.positions_of(result.runs):
