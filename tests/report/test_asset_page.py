@@ -170,3 +170,10 @@ def test_a_table_is_one_that_dagster_takes():
     assert [column.name for column in table.schema.columns] == ["name", "value", "bad", "more"]
     assert table.records[0].data == {"name": "a", "value": 0.1235, "bad": None, "more": None}
     assert isinstance(table, dg.TableMetadataValue)
+
+
+@pytest.mark.parametrize("stage", sorted(asset_page.NUMBERS))
+def test_a_summary_of_an_older_version_costs_the_sentence_and_not_the_run(stage: str) -> None:
+    said = asset_page.headline(stage, {"seconds_since_start": 1.0})
+    assert said is None or stage == "vector_evaluation"
+    assert said is None or "None" not in said

@@ -283,11 +283,14 @@ ELSEWHERE = {
 
 
 def headline(stage: str, summary: Row) -> str | None:
-    """The result in one sentence."""
+    """The result in one sentence; None where the summary of an older version lacks what the sentence needs."""
     if "skipped" in summary:
         return f"skipped: {summary['skipped']}"
     write = _HEADLINES.get(stage)
-    return write(summary) if write else None
+    try:
+        return write(summary) if write else None
+    except (KeyError, TypeError):
+        return None
 
 
 def _described(stage: str) -> tuple[Number, ...]:
@@ -434,7 +437,7 @@ def _steering(s: Row) -> str:
     vector = ""
     if s.get("best_method") is not None:
         vector = f" ({s['best_method']} at layer {s['best_layer']}, dose {_of(s.get('best_dose'))})"
-    return f"{verdict}{vector}: {s.get('reason')}"
+    return f"{verdict}{vector}: {s['reason']}"
 
 
 def _table_of_evaluations(s: Row) -> str:
