@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,8 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
             env={**env, "DAGSTER_HOME": home},
             stdout=log,
             stderr=log,
+            # with all that it starts, so that all of it can be ended
+            start_new_session=True,
         )
         try:
             for _ in range(240):
@@ -160,7 +164,12 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
                 yield Dev(root, address, instance)
         finally:
             process.terminate()
-            process.wait(60)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(30)
+            # on a busy machine it takes its time over its children, and whatever is left would go on ticking
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait(30)
 
 
 @pytest.fixture(scope="module")

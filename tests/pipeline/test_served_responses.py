@@ -175,6 +175,7 @@ def test_another_tokenizer_stops_the_stage_before_the_first_prompt(server: Any, 
     assert not server.completions
 
 
+@pytest.mark.slow
 def test_a_killed_run_asks_nothing_twice(server: Any, tmp_path: Path) -> None:
     """kill -9 while answers come one by one: what was answered is kept, what was in flight is asked again."""
     server.latency_s = 0.15
