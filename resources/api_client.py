@@ -8,6 +8,7 @@ what its answer means belongs to the clients built on this: `judges/client.py` (
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import email.utils
@@ -376,7 +377,7 @@ class Learnt(Protocol):
     version: int
 
 
-class ApiClient(Generic[A]):
+class ApiClient(abc.ABC, Generic[A]):
     """Lives inside one event loop. `ask_for` either returns an answer, raises GaveUp for this request, or
     raises UserError for all (key, quota, model, budget, unreachable server); after that, and after `abort`,
     every further one raises it too.
@@ -427,21 +428,21 @@ class ApiClient(Generic[A]):
 
     # what a subclass decides
 
+    @abc.abstractmethod
     async def _post(self, client: Any, request: dict[str, Any]) -> Any:
         """Send one request; gives the raw response of the OpenAI client."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _parse(self, body: Any, request: dict[str, Any]) -> A | None:
         """The answer in a body, None when it is none (then the request is sent again)."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _usage(self, answer: A) -> tuple[int, int]:
         """(prompt, completion) tokens that the answer cost."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def _estimate(self, request: dict[str, Any]) -> int:
         """Tokens of the prompt, for the budget."""
-        raise NotImplementedError
 
     def _limit(self, request: dict[str, Any]) -> int:
         """The most tokens that the answer may take, for the budget."""

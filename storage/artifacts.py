@@ -190,17 +190,21 @@ class ArtifactStore:
 
     def _refuse_way_out(self, path: Path) -> None:
         """UserError where a link below the root would have `path` written or removed somewhere else."""
-        assert self._real is not None
         real = os.path.realpath(path.parent)
-        if real != self._real and not real.startswith(self._real.rstrip(os.sep) + os.sep):
-            # the root may have become a link since, or have been one that was set anew
-            self._real = os.path.realpath(str(self._local))
-            if real != self._real and not real.startswith(self._real.rstrip(os.sep) + os.sep):
-                raise UserError(
-                    f"a link leads out of the results folder, to {real}",
-                    where=str(path),
-                    remedy=f"Remove the link, or make {self._local} itself the link.",
-                )
+        if self._inside(real):
+            return
+        # the root may have become a link since, or have been one that was set anew
+        self._real = os.path.realpath(str(self._local))
+        if not self._inside(real):
+            raise UserError(
+                f"a link leads out of the results folder, to {real}",
+                where=str(path),
+                remedy=f"Remove the link, or make {self._local} itself the link.",
+            )
+
+    def _inside(self, real: str) -> bool:
+        assert self._real is not None
+        return real == self._real or real.startswith(self._real.rstrip(os.sep) + os.sep)
 
     # Writing
 

@@ -166,14 +166,8 @@ class LineageIndex:
         """One transaction on an up-to-date schema. IndexBusy when another process holds the file."""
         with self.connect() as connection:
             self._prepare(connection)
-            connection.execute("BEGIN")
-            try:
+            with _transaction(connection):
                 yield connection
-                connection.execute("COMMIT")
-            except BaseException:
-                with suppress(self._database_error()):
-                    connection.execute("ROLLBACK")
-                raise
 
     # Taking files in
 
@@ -295,12 +289,11 @@ class LineageIndex:
 
     @staticmethod
     def _create(connection: duckdb.DuckDBPyConnection) -> None:
-        connection.execute("BEGIN")
-        connection.execute(schema("tables"))
-        connection.execute(schema("views"))
-        connection.execute("DELETE FROM about")
-        connection.execute("INSERT INTO about VALUES (?)", [schema_mark()])
-        connection.execute("COMMIT")
+        with _transaction(connection):
+            connection.execute(schema("tables"))
+            connection.execute(schema("views"))
+            connection.execute("DELETE FROM about")
+            connection.execute("INSERT INTO about VALUES (?)", [schema_mark()])
 
     def _tops(self) -> list[str]:
         return [top for top in self.store.children() if top == keys.SHARED or not top.startswith("_")]
@@ -344,10 +337,9 @@ class LineageIndex:
         import pyarrow as pa
 
         sources = list(loaded)
-        schemas = {
-            name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-            for name in ("sources", "seen", "manifests", "inputs", "current_pointers", *ROW_TABLES)
-        }
+        schemas = _schemas(
+            connection, "sources", "seen", "manifests", "inputs", "current_pointers", *ROW_TABLES
+        )
         manifests = [content for content in loaded.values() if isinstance(content, tuple)]
         parts: dict[str, list[pa.Table]] = {name: [] for name in ROW_TABLES}
         for source, content in loaded.items():
@@ -360,8 +352,7 @@ class LineageIndex:
         ]
         touched = {(m.experiment, m.stage, m.trait) for m, _ in manifests}
         pointers, seen = self._pointers(touched)
-        connection.execute("BEGIN")
-        try:
+        with _transaction(connection):
             self._remove(connection, sources)
             self._point(connection, schemas, touched, pointers, seen)
             _insert(connection, "sources", schemas, done)
@@ -369,11 +360,6 @@ class LineageIndex:
             _insert(connection, "inputs", schemas, [row for m, s in manifests for row in _input_rows(m, s)])
             for name in ROW_TABLES:
                 _insert_tables(connection, name, parts[name])
-            connection.execute("COMMIT")
-        except BaseException:
-            with suppress(self._database_error()):  # a failed COMMIT has ended the transaction itself
-                connection.execute("ROLLBACK")
-            raise
 
     @staticmethod
     def _remove(connection: duckdb.DuckDBPyConnection, sources: list[str]) -> None:
@@ -560,16 +546,9 @@ class LineageIndex:
                     fresh.unlink()
 
     def _drop_sources(self, connection: duckdb.DuckDBPyConnection, gone: list[str]) -> None:
-        if not gone:
-            return
-        connection.execute("BEGIN")
-        try:
-            self._remove(connection, gone)
-            connection.execute("COMMIT")
-        except BaseException:
-            with suppress(self._database_error()):
-                connection.execute("ROLLBACK")
-            raise
+        if gone:
+            with _transaction(connection):
+                self._remove(connection, gone)
 
     def _look_at_manifests(self, connection: duckdb.DuckDBPyConnection) -> None:
         """Read the manifests that are not in the state in which the index saw them."""
@@ -585,18 +564,9 @@ class LineageIndex:
         if not touched:
             return
         pointers, marks = self._pointers(touched)
-        schemas = {
-            name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema
-            for name in ("seen", "current_pointers")
-        }
-        connection.execute("BEGIN")
-        try:
+        schemas = _schemas(connection, "seen", "current_pointers")
+        with _transaction(connection):
             self._point(connection, schemas, touched, pointers, marks)
-            connection.execute("COMMIT")
-        except BaseException:
-            with suppress(self._database_error()):
-                connection.execute("ROLLBACK")
-            raise
 
     def rebuild(self) -> int:
         """Build the database from the files alone, then put it in place of the old one; gives the number
@@ -750,8 +720,8 @@ def _head(manifest: Manifest, source: str) -> dict[str, Any]:
 
 def _manifest_row(manifest: Manifest, source: str) -> dict[str, Any]:
     def text(value: Any) -> str:
-        # DuckDB's JSON has no half surrogate pairs either, not even escaped
-        return json.dumps(well_formed_tree(value), sort_keys=True, ensure_ascii=False)
+        # unescaped, so that `_insert` mends half surrogate pairs: DuckDB's JSON takes no escaped ones either
+        return json.dumps(value, sort_keys=True, ensure_ascii=False)
 
     return {
         **_head(manifest, source),
@@ -789,6 +759,25 @@ def _insert_tables(connection: duckdb.DuckDBPyConnection, name: str, parts: list
         return
     with _registered(connection, "incoming", pa.concat_tables(parts)):
         connection.execute(f"INSERT INTO {name} BY NAME SELECT * FROM incoming")
+
+
+@contextmanager
+def _transaction(connection: duckdb.DuckDBPyConnection) -> Iterator[None]:
+    """All of the block or nothing of it."""
+    import duckdb
+
+    connection.execute("BEGIN")
+    try:
+        yield
+        connection.execute("COMMIT")
+    except BaseException:
+        with suppress(duckdb.Error):  # a failed COMMIT has ended the transaction itself
+            connection.execute("ROLLBACK")
+        raise
+
+
+def _schemas(connection: duckdb.DuckDBPyConnection, *tables: str) -> dict[str, pa.Schema]:
+    return {name: connection.sql(f"SELECT * FROM {name} LIMIT 0").to_arrow_table().schema for name in tables}
 
 
 @contextmanager

@@ -89,8 +89,9 @@ def metrics_key(experiment: str | None, stage: str, trait: str | None, fingerpri
 def encode_rows(rows: Sequence[Mapping[str, Any]], common: Mapping[str, Any]) -> bytes:
     """The rows as the bytes of a Parquet file, `common` in front of each.
 
-    A file without rows has the common columns only. Half a surrogate pair becomes U+FFFD: Parquet is UTF-8. Numbers of a column become int64, or float64 as soon
-    as one is a float; a column that mixes other types becomes JSON text.
+    A file without rows has the common columns only. Half a surrogate pair becomes U+FFFD: Parquet is UTF-8.
+    Numbers of a column become int64, or float64 as soon as one is a float; a column that mixes other types
+    becomes JSON text.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq

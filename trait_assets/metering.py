@@ -13,10 +13,20 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+
+if TYPE_CHECKING:
+    from resources.models.rows import ModelIdentity
 
 T = TypeVar("T")
+M = TypeVar("M", bound="HasIdentity")
 GIB = float(1 << 30)
+
+
+class HasIdentity(Protocol):
+    """A model, loaded or served."""
+
+    identity: ModelIdentity
 
 
 @dataclass(frozen=True)
@@ -60,8 +70,13 @@ class Meter:
         """`rows`, `tokens`, `prompt_tokens` that the model has done anew."""
         self._counts.setdefault(owner, Counter()).update(counts)
 
-    def loaded(self, seconds: float) -> None:
-        self._load += seconds
+    def load(self, get: Callable[[], M]) -> M:
+        """The model that `get` gives; the time it takes is named by the first trait that is settled."""
+        started = self.clock()
+        model = get()
+        self._load += self.clock() - started
+        self.model, self.device = model.identity.model, device_name(model)
+        return model
 
     @contextmanager
     def timed(self, name: str) -> Iterator[None]:

@@ -26,7 +26,7 @@ from trait_assets.activations.tokens import (
     token_name,
     token_sample,
 )
-from trait_assets.metering import Meter, device_name
+from trait_assets.metering import Meter
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import POLARITIES, read_scenario_set, subset
 
@@ -224,10 +224,7 @@ class ActivationsStage:
         from trait_assets.responses.generation import uses_completion
 
         e = ctx.experiment
-        loading = time.perf_counter()
-        model = ctx.extraction_model()
-        meter.loaded(time.perf_counter() - loading)
-        meter.model, meter.device = model.identity.model, device_name(model)
+        model = meter.load(ctx.extraction_model)
         layers = parse_layers(e.layers, model.n_layers)
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         rows = []

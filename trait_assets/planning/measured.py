@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -268,12 +268,11 @@ def _has_gpu() -> bool:
     return bool(torch.cuda.is_available())
 
 
-def device_here(models: Mapping[str, Any] | None = None) -> str:
+def device_here() -> str:
     """The name that `metering.device_name` gives to what this machine computes on."""
     from types import SimpleNamespace
 
     from resources.models.loading import resolve_device
     from trait_assets.metering import device_name
 
-    device = resolve_device(str((models or {}).get("device", "auto")))
-    return str(device_name(SimpleNamespace(devices=[device])))
+    return str(device_name(SimpleNamespace(devices=[resolve_device("auto")])))

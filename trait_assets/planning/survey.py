@@ -203,21 +203,19 @@ def shape_of(spec: ModelSpec) -> ModelShape:
         raise UserError(
             "how large it is cannot be told: its config is not on this machine, and its name does not say",
             where=f"model {spec.model!r}",
-            remedy="give --model-shape 8b or 70b, or --params 3e9 --layers 28 --hidden 3072",
+            remedy="give --model-shape 8b or 70b, or --params 3e9",
         )
     params = float(found[1]) * (1e9 if found[2].lower() == "b" else 1e6)
     return guessed_shape(spec.model, params, f"from the name: {found[0]}")
 
 
-def guessed_shape(
-    name: str, params: float, how: str, layers: int | None = None, hidden: int | None = None
-) -> ModelShape:
+def guessed_shape(name: str, params: float, how: str) -> ModelShape:
     """A transformer of so many weights in the proportions of the nearest known one: params ≈ 12 · layers · hidden²
     (Kaplan et al. 2020, section 2.1), so both grow with the cube root of the size."""
     near = min(SHAPES.values(), key=lambda shape: abs(params / shape.params - 1))
     scale = (params / near.params) ** (1 / 3)
-    layers = layers or max(1, round(near.layers * scale))
-    hidden = hidden or max(64, round(near.hidden * scale / 64) * 64)
+    layers = max(1, round(near.layers * scale))
+    hidden = max(64, round(near.hidden * scale / 64) * 64)
     return replace(
         near,
         name=name,

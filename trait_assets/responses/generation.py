@@ -18,7 +18,7 @@ from storage import keys
 from storage.errors import UserError
 from storage.manifest import fingerprint
 from trait_assets.judging import Spending
-from trait_assets.metering import Meter, device_name
+from trait_assets.metering import Meter
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.selection import ChosenScenario, kept_scenarios
 
@@ -152,9 +152,7 @@ class ResponsesStage:
     ) -> Iterator[tuple[str, dict[str, Any] | FailedRow]]:
         """Rows in the order in which they finish. A server's rows are kept before its next request goes out."""
         e = ctx.experiment
-        loading = time.perf_counter()
-        model = ctx.generating_model()
-        meter.loaded(time.perf_counter() - loading)
+        model = meter.load(ctx.generating_model)
         base = uses_completion(e.base_model, model.has_chat_template, e.extraction_model)
         options = GenerationOptions(
             max_new_tokens=e.response_length(base=base), temperature=e.temperature, top_p=e.top_p, seed=e.seed
@@ -163,8 +161,8 @@ class ResponsesStage:
         rows = [GenerationRow(key, prompt.ids) for key, prompt in encoded.items()]
         served = model if isinstance(model, ServedModel) else None
         server = None if served is None else served.check().record()
-        meter.model = model.identity.model
-        meter.device = device_name(model) if server is None else f"{server['engine']} server"
+        if server is not None:
+            meter.device = f"{server['engine']} server"
 
         def record(row: GeneratedRow) -> dict[str, Any]:
             content = {

@@ -8,7 +8,6 @@ heavy is imported before `execute`.
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +19,7 @@ from storage import keys
 from storage.errors import UserError
 from storage.manifest import Manifest, fingerprint
 from trait_assets.judging import Spending, judge_name, trait_context
-from trait_assets.metering import Meter, device_name
+from trait_assets.metering import Meter
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext
 from trait_assets.scenarios.dataset import ScenarioSet
 from trait_assets.scenarios.selection import read_scenario_set
@@ -104,12 +103,10 @@ class SteeringStage:
         from trait_assets.steering.dose_search import run_together, search
         from trait_assets.steering.scoring import BASELINE, Request
 
-        loading = time.perf_counter()
-        model = ctx.application_model()
-        loaded = time.perf_counter() - loading
+        meter = Meter()
+        model = meter.load(ctx.application_model)
         options = search_options(ctx)
-        bench = Bench(ctx, model)
-        bench.meter.loaded(loaded)
+        bench = Bench(ctx, model, meter)
         prepared: dict[str, _Prepared] = {}
         for plan in plans:
             try:
@@ -320,7 +317,7 @@ def model_record(model: LanguageModel) -> dict[str, Any]:
 class Bench:
     """The model, the judge and their caches, for the traits of one batch."""
 
-    def __init__(self, ctx: StageContext, model: LanguageModel) -> None:
+    def __init__(self, ctx: StageContext, model: LanguageModel, meter: Meter) -> None:
         from trait_assets.steering.scoring import Scorer
 
         e = ctx.experiment
@@ -334,9 +331,8 @@ class Bench:
         )
         self._task: Any = None
         self._spending: Spending | None = None
-        self.meter = Meter(
-            model=model.identity.model, device=device_name(model), judge=judge_name(self.judge.identity)
-        )
+        self.meter = meter
+        meter.judge = judge_name(self.judge.identity)
         self.scorer: Scorer = Scorer(
             self._generate,
             self.judge.score,
