@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -33,6 +34,30 @@ def load_helper() -> Callable[[Path], ModuleType]:
     return load_by_path
 
 
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    """Debian's chromium without a window, for one module of tests; they are skipped where there is none."""
+    chromium = shutil.which("chromium") or shutil.which("/usr/bin/chromium")
+    if chromium is None:
+        pytest.skip("no chromium on this machine")
+    playwright = pytest.importorskip("playwright.sync_api")
+    with playwright.sync_playwright() as running:
+        launched = running.chromium.launch(
+            executable_path=chromium,
+            args=[
+                "--no-sandbox",
+                "--disable-gpu",
+                "--disable-quic",
+                "--no-first-run",
+                "--disable-background-networking",
+                "--disable-component-update",
+                "--disable-sync",
+            ],
+        )
+        yield launched
+        launched.close()
+
+
 @pytest.fixture
 def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     """A loopback server that speaks the OpenAI protocol (tests/judges/openai_server.py), taught the shipped
@@ -45,6 +70,12 @@ def openai_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     with module.OpenAIServer() as server:
         module.teach_shipped(server, ROOT / "datasets" / "traits")
         yield server
+
+
+@pytest.fixture(scope="session")
+def generation_servers() -> ModuleType:
+    """Loopback servers that generate by token ids (tests/models/generation_server.py)."""
+    return load_by_path(ROOT / "tests" / "models" / "generation_server.py")
 
 
 @pytest.fixture(scope="session")

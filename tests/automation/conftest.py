@@ -5,19 +5,17 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dagster as dg
-import psutil
 import pytest
 import yaml
 from dagster._core.scheduler.instigation import InstigatorTick
@@ -30,33 +28,6 @@ from trait_assets.paths import REPOSITORY
 from trait_assets.pipeline import Check, Outcome, Plan, StageContext, stages_of
 from trait_assets.stages import all_stages
 
-# the numbers that real stages record
-SUMMARY: dict[str, Any] = {
-    "n_kept": 10,
-    "n": 12,
-    "positive_kept": 5,
-    "negative_kept": 5,
-    "contrast": 55.0,
-    "n_positive": 12,
-    "n_negative": 12,
-    "mean_response_tokens": 20.0,
-    "train_positive": 5,
-    "train_negative": 5,
-    "val_positive": 1,
-    "val_negative": 1,
-    "layers_captured": 30,
-    "n_layers": 30,
-    "layers": 30,
-    "n_train_pos": 5,
-    "n_train_neg": 5,
-    "good_accuracy": 1,
-    "traits": 1,
-    "megabytes": 0.1,
-    "model": "org/model",
-    "methods": "mean_diff",
-    "validated": True,
-    "reason": "by the test",
-}
 QUIET = {"loggers": {"console": {"config": {"log_level": "CRITICAL"}}}}
 
 
@@ -126,7 +97,7 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Project:
                 yield Outcome(one.trait, error=UserError("it cannot be done", remedy="mend it"))
             else:
                 checks = [Check(name, True, text) for name, text in CHECKS[self.name].items()]
-                yield Outcome(one.trait, summary=dict(SUMMARY), checks=checks)
+                yield Outcome(one.trait, summary={"n": 12}, checks=checks)
 
     for stage in all_stages().values():
         if stage.name != "scenarios":
@@ -229,17 +200,11 @@ class Dev:
 
 
 @contextlib.contextmanager
-def _dagster_dev(root: Path, more: dict[str, str]) -> Iterator[Dev]:
+def _dagster_dev(dev: ModuleType, root: Path, more: dict[str, str]) -> Iterator[Dev]:
     (root / "datasets").mkdir()
     (root / "experiments" / "cheap").mkdir(parents=True)
     (root / "experiments" / "cheap" / "config.yaml").write_text(yaml.safe_dump(CHEAP))
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "DAGSTER_", "TRAITS_"))}
-    env.update(
-        TRAITS_DATASETS=str(root / "datasets"),
-        TRAITS_EXPERIMENTS=str(root / "experiments"),
-        TRAITS_STATE=str(root / "state"),
-        **more,
-    )
+    env = dev.environment(root, **more)
     code = (
         "from trait_assets.launch import instance_folder, open_instance\n"
         "with open_instance(): print(instance_folder('ui'))"
@@ -252,35 +217,14 @@ def _dagster_dev(root: Path, more: dict[str, str]) -> Iterator[Dev]:
         text=True,
         check=True,
     ).stdout.strip()
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with (root / "dev.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-p", str(port)],
-            cwd=REPOSITORY,
-            env={**env, "DAGSTER_HOME": home},
-            stdout=log,
-            stderr=log,
-        )
-        try:
-            with dg.DagsterInstance.from_config(home) as instance:
-                yield Dev(root, instance, env, f"http://127.0.0.1:{port}")
-        finally:
-            family = psutil.Process(process.pid).children(recursive=True)
-            process.terminate()
-            try:
-                process.wait(60)
-            except subprocess.TimeoutExpired:
-                for one in [process, *family]:
-                    with contextlib.suppress(psutil.NoSuchProcess):
-                        one.kill()
-                process.wait(60)
+    with dev.serving(root, env, home) as url, dg.DagsterInstance.from_config(home) as instance:
+        yield Dev(root, instance, env, url)
 
 
 @pytest.fixture(scope="module")
 def dagster_dev(
-    tmp_path_factory: pytest.TempPathFactory,
+    tmp_path_factory: pytest.TempPathFactory, load_helper: Callable[[Path], ModuleType]
 ) -> Callable[..., contextlib.AbstractContextManager[Dev]]:
     """dagster_dev(TRAITS_SWEEP="…"): a `dagster dev` of its own with these variables, ended with the block."""
-    return lambda **more: _dagster_dev(tmp_path_factory.mktemp("dev"), more)
+    dev = load_helper(REPOSITORY / "tests" / "dagster_dev.py")
+    return lambda **more: _dagster_dev(dev, tmp_path_factory.mktemp("dev"), more)

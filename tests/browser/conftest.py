@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import signal
-import socket
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import dagster as dg
@@ -22,16 +19,6 @@ import yaml
 
 from trait_assets.paths import REPOSITORY
 
-CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
-FLAGS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
 TRAITS = ("emotion/gloom", "register/bureaucratic")
 # the demo with every stage, small
 DEMO = {
@@ -107,22 +94,18 @@ class Dev:
 
 
 @pytest.fixture(scope="module")
-def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
-    """`dagster dev` over a project that the command line has filled."""
-    if not Path(CHROMIUM).exists():
-        pytest.skip("no chromium on this machine")
+def dev(
+    tmp_path_factory: pytest.TempPathFactory, load_helper: Callable[[Path], ModuleType], browser: Any
+) -> Iterator[Dev]:
+    """`dagster dev` over a project that the command line has filled; without a browser nobody would look at it."""
     root = tmp_path_factory.mktemp("ui")
     for trait in TRAITS:
         shutil.copytree(REPOSITORY / "datasets" / "traits" / trait, root / "datasets" / trait)
     for name, options in (("demo", DEMO), ("quick", QUICK)):
         (root / "experiments" / name).mkdir(parents=True)
         (root / "experiments" / name / "config.yaml").write_text(yaml.safe_dump(options))
-    env = {k: v for k, v in os.environ.items() if not k.startswith(("OPENAI_", "DAGSTER_", "TRAITS_"))}
-    env.update(
-        TRAITS_DATASETS=str(root / "datasets"),
-        TRAITS_EXPERIMENTS=str(root / "experiments"),
-        TRAITS_STATE=str(root / "state"),
-    )
+    helper = load_helper(REPOSITORY / "tests" / "dagster_dev.py")
+    env = helper.environment(root)
 
     def python(*arguments: str) -> str:
         done = subprocess.run(
@@ -139,46 +122,20 @@ def dev(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dev]:
 
     python("-m", "trait_assets.cli", "run", "-e", "demo")
     home = python("-c", "from trait_assets.launch import instance_folder; print(instance_folder('ui'))")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with (root / "dev.log").open("w") as log:
-        process = subprocess.Popen(
-            [str(Path(sys.executable).parent / "dagster"), "dev", "-w", "workspace.yaml", "-p", str(port)],
-            cwd=REPOSITORY,
-            env={**env, "DAGSTER_HOME": home},
-            stdout=log,
-            stderr=log,
-            # with all that it starts, so that all of it can be ended
-            start_new_session=True,
-        )
-        try:
-            for _ in range(240):
-                try:
-                    urllib.request.urlopen(f"{address}/server_info", timeout=2).read()
-                    break
-                except OSError:
-                    time.sleep(0.5)
-            with dg.DagsterInstance.from_config(home) as instance:
-                yield Dev(root, address, instance)
-        finally:
-            process.terminate()
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(30)
-            # on a busy machine it takes its time over its children, and whatever is left would go on ticking
-            with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+    with helper.serving(root, env, home) as address:
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(f"{address}/server_info", timeout=2).read()
+                break
+            except OSError:
+                time.sleep(0.5)
+        with dg.DagsterInstance.from_config(home) as instance:
+            yield Dev(root, address, instance)
 
 
 @pytest.fixture(scope="module")
-def page(dev: Dev) -> Iterator[Any]:
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
-        page = browser.new_page(viewport={"width": 1500, "height": 900}, base_url=dev.address)
-        page.set_default_timeout(120_000)
-        yield page
-        browser.close()
+def page(dev: Dev, browser: Any) -> Iterator[Any]:
+    page = browser.new_page(viewport={"width": 1500, "height": 900}, base_url=dev.address)
+    page.set_default_timeout(120_000)
+    yield page
+    page.close()

